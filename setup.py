@@ -37,6 +37,7 @@ class CMakeBuild(build_ext):
     """Runs CMake once and puts _C.so, _C_cuda.so and the pybind11 module into the package."""
 
     def run(self) -> None:
+        """Configures, builds and installs into the package folder (the source tree for an editable install)."""
         package_dir = (
             ROOT / self.get_finalized_command("build_py").get_package_dir(PACKAGE)
             if self.inplace or self.editable_mode
@@ -57,9 +58,11 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build_dir), "--prefix", str(package_dir.resolve())], check=True)
 
     def get_outputs(self) -> list[str]:
+        """CMake installs the files itself; there is nothing for setuptools to copy."""
         return []
 
     def get_output_mapping(self) -> dict[str, str]:
+        """See get_outputs."""
         return {}
 
 
@@ -82,9 +85,9 @@ setup(
     version=version(),
     packages=[
         "forge_core", "forge_core.data", "forge_core.model", "forge_core.train", "forge_core.evaluate",
-        "forge_core.kernels", "forge_core.kernels.gpu",
+        "forge_core.kernels",
     ],
-    # A top-level package named `kernels` would collide with another of that name, so the folder ships inside forge_core.
+    # A top-level package named `kernels` would collide with another of that name: the folder ships inside forge_core.
     package_dir={"forge_core": "forge_core", "forge_core.kernels": "kernels"},
     package_data={"forge_core": ["py.typed"], "forge_core.kernels": ["*.so", "*.pyi"]},
     ext_modules=[Extension(f"{PACKAGE}._data", sources=[])],

@@ -1,0 +1,47 @@
+// One source, several instruction sets.
+//
+// Every csrc/cpu/<op>.cpp is compiled once per instruction set, with FORGE_ISA naming it (portable, avx2, avx512) and
+// FORGE_ISA_LEVEL counting it. The part inside `namespace forge::FORGE_ISA` holds the loops; the part under
+// `#if FORGE_ISA_LEVEL == 0` is the op itself and is compiled once. The loops register themselves here and the op calls
+// kernels<K>(), which picks the best set that this CPU has (or the one that FORGE_CPU_ISA names) at run time.
+//
+// Rules that keep an AVX-512 instruction from reaching a CPU without it: loops use no std:: templates and no torch
+// headers (their inline functions would be merged across the compilations), only raw pointers and what vec.h defines.
+#pragma once
+
+#include <cstdint>
+
+#ifndef FORGE_ISA
+#error "CMakeLists.txt defines FORGE_ISA and FORGE_ISA_LEVEL for every file of csrc/cpu"
+#endif
+
+namespace forge {
+
+constexpr int kIsaLevels = 3;  // portable, avx2, avx512
+
+// Level in use: the highest that the CPU and the build have, or FORGE_CPU_ISA. Throws when the named one is missing.
+int active_isa_level();
+
+template <class K>
+struct IsaTable {
+  static inline K entries[kIsaLevels] = {};
+  static inline bool present[kIsaLevels] = {};
+};
+
+template <class K>
+struct RegisterKernels {
+  explicit RegisterKernels(const K& kernels) {
+    IsaTable<K>::entries[FORGE_ISA_LEVEL] = kernels;
+    IsaTable<K>::present[FORGE_ISA_LEVEL] = true;
+  }
+};
+
+// The loops of an op for the active instruction set. K is a struct of function pointers declared by the op's file.
+template <class K>
+const K& kernels() {
+  int level = active_isa_level();
+  while (level > 0 && !IsaTable<K>::present[level]) --level;
+  return IsaTable<K>::entries[level];
+}
+
+}  // namespace forge

@@ -1,0 +1,75 @@
+// What the ops need of torch, through its stable ABI. Included only where FORGE_ISA_LEVEL == 0.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cpu/vec.h"
+
+namespace forge {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Names differ from torch::stable's, which argument-dependent lookup would also find.
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+inline Tensor new_zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  Tensor result = new_tensor(sizes, dtype);
+  return torch::stable::zero_(result);
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Calls f.template operator()<T>() with T = float or bf16.
+template <class F>
+void dispatch_float_bf16(const Tensor& x, const char* argument, const F& f) {
+  const ScalarType dtype = x.scalar_type();
+  FORGE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, argument, toString(dtype),
+              "float32 or bfloat16 (other dtypes run with backend=\"reference\")");
+  if (dtype == ScalarType::Float) {
+    f.template operator()<float>();
+  } else {
+    f.template operator()<bf16>();
+  }
+}
+
+// out = a @ b through torch, which runs oneDNN or BLAS on its own thread pool.
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+}
+
+// out = beta * out + a @ b.
+inline void addmm_(const Tensor& out, const Tensor& a, const Tensor& b, double beta = 1.0) {
+  std::array<StableIValue, 6> stack{torch::stable::detail::from(out), torch::stable::detail::from(a),
+                                    torch::stable::detail::from(b),   torch::stable::detail::from(beta),
+                                    torch::stable::detail::from(1.0), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
+}  // namespace forge

@@ -1,0 +1,74 @@
+// Scalar building blocks that the compiler turns into vector code inside `#pragma omp simd` loops.
+//
+// Everything lives in the namespace of its instruction set, so that no compilation's copy can stand in for another's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa.h"
+
+namespace forge {
+
+// Storage of a bfloat16 number; arithmetic is done in float.
+struct bf16 {
+  uint16_t bits;
+};
+
+namespace FORGE_ISA {
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <class T>
+inline T from_float(float x);
+
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+template <>
+inline bf16 from_float<bf16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  return bf16{static_cast<uint16_t>(x != x ? quiet_nan : rounded)};
+}
+
+// e^x by 2^n * p(r), |r| <= ln(2)/2, p the Taylor polynomial of degree 7: relative error below 2 float32 ulp.
+// Results below 2^-126 are flushed to zero; above the largest float the result is +inf; exp(NaN) is NaN.
+inline float exp_approx(float x) {
+  const float clamped = x < -88.0f ? -88.0f : (x > 88.8f ? 88.8f : x);
+  const float n = static_cast<float>(static_cast<int32_t>(clamped * 1.44269504088896341f + (clamped < 0 ? -0.5f : 0.5f)));
+  // ln(2) split in two so that n * ln(2) loses nothing: 0.693359375 has 10 significant bits.
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440054690583e-4f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // 2^n as two factors: n reaches 128, one above the largest exponent of a float.
+  const int32_t half = static_cast<int32_t>(n) >> 1;
+  const uint32_t low_bits = static_cast<uint32_t>(half + 127) << 23;
+  const uint32_t high_bits = static_cast<uint32_t>(static_cast<int32_t>(n) - half + 127) << 23;
+  float low, high;
+  std::memcpy(&low, &low_bits, sizeof(low));
+  std::memcpy(&high, &high_bits, sizeof(high));
+  const float value = p * low * high;
+  return x != x ? x : (x < -88.0f ? 0.0f : value);
+}
+
+}  // namespace FORGE_ISA
+}  // namespace forge
