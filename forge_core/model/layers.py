@@ -1,0 +1,112 @@
+"""Linear layers with an optional low-rank adapter, and the norms of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forge_core.kernels import lora_linear, rms_norm
+
+
+class Linear(nn.Module):
+    """`y = x W^T + b`, plus `scaling * (x A^T) B^T` where an adapter is attached.
+
+    `lora_A` [rank, in] and `lora_B` [out, rank] are float32 master weights whatever the dtype of `weight`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.lora_A: nn.Linear | None = None
+        self.lora_B: nn.Linear | None = None
+        self.scaling = 0.0
+        self.dropout = 0.0
+        self.adapter_enabled = True
+        self.unmerged_weight: Tensor | None = None  # the frozen weight while the adapter is merged into `weight`
+
+    @property
+    def adapter_active(self) -> bool:
+        """Whether the forward pass adds the adapter's product (attached, enabled and not merged)."""
+        return self.lora_A is not None and self.adapter_enabled and self.unmerged_weight is None
+
+    def forward(self, x: Tensor, dropout_seed: int | None = None) -> Tensor:
+        """[..., in] -> [..., out]; `dropout_seed` None switches adapter dropout off."""
+        return project(x, (self,), dropout_seed)[0]
+
+    def extra_repr(self) -> str:
+        """Sizes, and the adapter's where there is one."""
+        adapter = "" if self.lora_A is None else f", rank={self.lora_A.out_features}, scaling={self.scaling:g}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{adapter}"
+
+
+def project(x: Tensor, linears: Sequence[Linear], dropout_seed: int | None = None) -> tuple[Tensor, ...]:
+    """Apply linear layers that share their input; those with an active adapter run as one grouped `lora_linear`.
+
+    Args:
+        x: [..., in].
+        linears: layers of the same input size.
+        dropout_seed: seed of the adapters' dropout masks; None for no dropout.
+
+    Returns:
+        One [..., out_i] per layer.
+    """
+    outputs: list[Tensor] = [x] * len(linears)
+    adapted = [i for i, linear in enumerate(linears) if linear.adapter_active]
+    for i, linear in enumerate(linears):
+        if i not in adapted:
+            outputs[i] = F.linear(x, linear.weight, linear.bias)
+    if adapted:
+        group = [linears[i] for i in adapted]
+        dropout = group[0].dropout if dropout_seed is not None else 0.0
+        results = lora_linear(
+            x,
+            [linear.weight for linear in group],
+            [linear.lora_A.weight for linear in group if linear.lora_A is not None],
+            [linear.lora_B.weight for linear in group if linear.lora_B is not None],
+            scaling=group[0].scaling,
+            bias=[linear.bias for linear in group] if any(linear.bias is not None for linear in group) else None,
+            dropout_p=dropout,
+            dropout_seed=dropout_seed if dropout > 0.0 else None,
+        )
+        for i, result in zip(adapted, results, strict=True):
+            outputs[i] = result
+    return tuple(outputs)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale `weight + weight_offset`."""
+
+    def __init__(self, size: int, *, eps: float, weight_offset: float) -> None:
+        super().__init__()
+        self.eps, self.weight_offset = eps, weight_offset
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return rms_norm(x, self.weight, eps=self.eps, weight_offset=self.weight_offset)
+
+    def extra_repr(self) -> str:
+        """Size and constants."""
+        return f"{self.weight.shape[0]}, eps={self.eps:g}, weight_offset={self.weight_offset:g}"
+
+
+class Embedding(nn.Module):
+    """Token embedding, scaled by `scale` where the architecture does (Gemma: sqrt(hidden_size))."""
+
+    def __init__(self, vocab_size: int, size: int, *, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [tokens] -> [tokens, size]."""
+        embedded = F.embedding(input_ids, self.weight)
+        if self.scale is None:
+            return embedded
+        # The factor is rounded to the model's dtype, by way of float32: such checkpoints are trained with it so.
+        return embedded * torch.tensor(self.scale, dtype=torch.float32, device=embedded.device).to(embedded.dtype)
