@@ -1,0 +1,51 @@
+# make demo   sets up and runs the main job: two LoRA arms on real data, with and without the mix -> runs/demo/report.md
+# make test   sets up and runs the tests
+# make check  what CI runs besides the tests: lint, format, the wheel, its types
+
+PYTHON ?= python3
+# The CPU build where pip's index has one; any installed torch >= 2.11 works: make TORCH='torch==2.11.0+cu130' ...
+TORCH ?= torch==2.13.0
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test check lint format types setup clean
+
+demo: setup
+	$(VENV)/bin/python -m examples.demo
+
+test: setup
+	$(VENV)/bin/python -m pytest -q
+
+check: lint types
+
+setup: $(VENV)/.installed
+
+# Two stamps: the packages change seldom, the compiled sources often.
+$(VENV)/.packages: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt "$(TORCH)" numpy setuptools pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(SOURCES)
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e ".[test,demo,lint]"
+	touch $@
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The types of the wheel as a user installs it, built in isolation as `pip install .` does.
+types: setup
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) wheel --no-deps -w build/wheel .
+	$(PIP) install --no-deps --target build/wheel/site build/wheel/*.whl
+	MYPYPATH=build/wheel/site $(VENV)/bin/mypy --config-file pyproject.toml -p forge_core
+	cd build/wheel && PYTHONPATH=site ../../$(VENV)/bin/python -c "import forge_core.kernels as k; print(k.__file__)"
+
+clean:
+	rm -rf $(VENV) build *.egg-info
