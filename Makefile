@@ -44,7 +44,7 @@ types: setup
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) wheel --no-deps -w build/wheel .
 	$(PIP) install --no-deps --target build/wheel/site build/wheel/*.whl
-	MYPYPATH=build/wheel/site $(VENV)/bin/mypy --config-file pyproject.toml -p forge_core
+	cd build/wheel && MYPYPATH=site ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p forge_core
 	cd build/wheel && PYTHONPATH=site ../../$(VENV)/bin/python -c "import forge_core.kernels as k; print(k.__file__)"
 
 clean:
