@@ -1,0 +1,1 @@
+"""Runnable examples; each one uses only the public product."""
