@@ -1,0 +1,103 @@
+// Attention tiles of one pack, made once per batch on the CPU. No torch, no Python: ops include this header.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace forge::data {
+
+// One unit of attention work. Rows are rows of the pack. In the forward list `row` spans queries and `col` keys;
+// in the backward list `row` spans keys and `col` queries. Columns in [full_start, full_end) need no mask: every
+// pair there is visible. Laid out as 8 int32 so that a list is an int32 array [tiles, 8].
+struct Tile {
+  std::int32_t document;
+  std::int32_t row_start, row_end;
+  std::int32_t col_start, col_end;
+  std::int32_t full_start, full_end;
+  std::int32_t area;  // visible (query, key) pairs, saturated: the cost by which tiles are ordered
+};
+static_assert(sizeof(Tile) == 8 * sizeof(std::int32_t));
+
+// Query i sees key j of the same document iff
+//   causal:      i - window < j <= i        otherwise:  |i - j| < window        (window 0: no limit)
+struct TileOptions {
+  std::int32_t row_tile = 64;   // rows per tile, counted from the document's first row
+  std::int32_t col_tile = 64;   // col_start and full_* fall on multiples of this within the document
+  bool causal = true;
+  std::int32_t window = 0;
+};
+
+namespace detail {
+
+struct Range {
+  std::int64_t first, last;  // half open; empty when last <= first
+};
+
+// Keys seen by query i of a document of `length` rows.
+inline Range visible_keys(std::int64_t i, std::int64_t length, const TileOptions& options) {
+  const std::int64_t reach = options.window > 0 ? options.window : length;
+  return {std::max<std::int64_t>(0, i - reach + 1),
+          options.causal ? i + 1 : std::min<std::int64_t>(length, i + reach)};
+}
+
+// Queries that see key j: the mirror image.
+inline Range visible_queries(std::int64_t j, std::int64_t length, const TileOptions& options) {
+  const std::int64_t reach = options.window > 0 ? options.window : length;
+  return {options.causal ? j : std::max<std::int64_t>(0, j - reach + 1),
+          std::min<std::int64_t>(length, j + reach)};
+}
+
+template <typename Visible>
+std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t documents, const TileOptions& options,
+                             Visible visible) {
+  std::vector<Tile> tiles;
+  for (std::int64_t d = 0; d < documents; ++d) {
+    const std::int64_t base = cu_seqlens[d];
+    const std::int64_t length = cu_seqlens[d + 1] - base;
+    for (std::int64_t row = 0; row < length; row += options.row_tile) {
+      const std::int64_t end = std::min<std::int64_t>(length, row + options.row_tile);
+      const Range first = visible(row, length, options);
+      const Range last = visible(end - 1, length, options);
+      const std::int64_t tile = options.col_tile;
+      // Both ends of the visible range move forward with the row, so the union is [first.first, last.last) and
+      // the columns that all rows see are [last.first, first.last).
+      const std::int64_t col_start = first.first / tile * tile;
+      const std::int64_t full_start = (last.first + tile - 1) / tile * tile;
+      const std::int64_t inner = std::min(first.last, last.last);
+      const std::int64_t full_end = inner == length ? inner : inner / tile * tile;
+      std::int64_t area = 0;
+      for (std::int64_t i = row; i < end; ++i) {
+        const Range seen = visible(i, length, options);
+        area += seen.last - seen.first;
+      }
+      const bool any_full = full_start < full_end;
+      tiles.push_back({static_cast<std::int32_t>(d), static_cast<std::int32_t>(base + row),
+                       static_cast<std::int32_t>(base + end), static_cast<std::int32_t>(base + col_start),
+                       static_cast<std::int32_t>(base + last.last),
+                       static_cast<std::int32_t>(base + (any_full ? full_start : col_start)),
+                       static_cast<std::int32_t>(base + (any_full ? full_end : col_start)),
+                       static_cast<std::int32_t>(std::min<std::int64_t>(area, INT32_MAX))});
+    }
+  }
+  // Longest processing time first; ties keep pack order, which keeps a document's keys warm in cache.
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.area > b.area; });
+  return tiles;
+}
+
+}  // namespace detail
+
+// cu_seqlens [documents + 1] starts at 0 and does not fall; zero-length documents make no tile.
+// Query tiles with the keys they read.
+inline std::vector<Tile> forward_tiles(const std::int32_t* cu_seqlens, std::int64_t documents,
+                                       const TileOptions& options) {
+  return detail::make_tiles(cu_seqlens, documents, options, detail::visible_keys);
+}
+
+// Key tiles with the queries that read them: dK and dV without atomics.
+inline std::vector<Tile> backward_tiles(const std::int32_t* cu_seqlens, std::int64_t documents,
+                                        const TileOptions& options) {
+  return detail::make_tiles(cu_seqlens, documents, options, detail::visible_queries);
+}
+
+}  // namespace forge::data
