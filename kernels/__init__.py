@@ -1,6 +1,14 @@
 """The public ops of forge_core. One op, one name: see docs/architecture.md for the five places of each."""
 
+from .linear_token_logprobs import linear_token_logprobs
 from .registry import available_backends
 from .rms_norm import rms_norm
+from .weighted_linear_cross_entropy import MixingLoss, weighted_linear_cross_entropy
 
-__all__ = ["available_backends", "rms_norm"]
+__all__ = [
+    "MixingLoss",
+    "available_backends",
+    "linear_token_logprobs",
+    "rms_norm",
+    "weighted_linear_cross_entropy",
+]
