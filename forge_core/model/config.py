@@ -173,9 +173,7 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     ),
     "gemma2": _Architecture(_BOTH, _GEMMA2, windows="alternating", gemma=True),
     "gemma3_text": _Architecture(_BOTH, _GEMMA3, qk_norm="head", windows="alternating", gemma=True),
-    "olmo2": _Architecture(
-        _POST, {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}, qk_norm="projection"
-    ),
+    "olmo2": _Architecture(_POST, {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}, qk_norm="projection"),
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_ARCHITECTURES)
@@ -351,9 +349,7 @@ class _Parser:
     def rope(self, parameters: Mapping[str, Any], theta_key: str) -> RopeConfig:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in _ROPE_KINDS:
-            raise ValueError(
-                f"{self.source}: rope_type {kind!r} is not supported; supported: {', '.join(_ROPE_KINDS)}"
-            )
+            raise ValueError(f"{self.source}: rope_type {kind!r} is not supported; supported: {', '.join(_ROPE_KINDS)}")
         if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ValueError(f"{self.source}: partial_rotary_factor is not supported; the whole head is rotated")
         theta = parameters.get("rope_theta")
@@ -369,4 +365,6 @@ class _Parser:
         original = 0
         if kind == "llama3":
             original = parameters.get("original_max_position_embeddings") or self.integer("max_position_embeddings")
-        return RopeConfig(kind=kind, original_max_position_embeddings=int(original), **{k: float(v) for k, v in values.items()})
+        return RopeConfig(
+            kind=kind, original_max_position_embeddings=int(original), **{k: float(v) for k, v in values.items()}
+        )

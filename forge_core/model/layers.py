@@ -22,8 +22,8 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.lora_A: nn.Linear | None = None
-        self.lora_B: nn.Linear | None = None
+        self.lora_A: LowRank | None = None
+        self.lora_B: LowRank | None = None
         self.scaling = 0.0
         self.dropout = 0.0
         self.adapter_enabled = True
@@ -40,7 +40,7 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, and the adapter's where there is one."""
-        adapter = "" if self.lora_A is None else f", rank={self.lora_A.out_features}, scaling={self.scaling:g}"
+        adapter = "" if self.lora_A is None else f", rank={self.lora_A.weight.shape[0]}, scaling={self.scaling:g}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{adapter}"
 
 
@@ -55,27 +55,38 @@ def project(x: Tensor, linears: Sequence[Linear], dropout_seed: int | None = Non
     Returns:
         One [..., out_i] per layer.
     """
-    outputs: list[Tensor] = [x] * len(linears)
-    adapted = [i for i, linear in enumerate(linears) if linear.adapter_active]
-    for i, linear in enumerate(linears):
-        if i not in adapted:
-            outputs[i] = F.linear(x, linear.weight, linear.bias)
-    if adapted:
-        group = [linears[i] for i in adapted]
-        dropout = group[0].dropout if dropout_seed is not None else 0.0
-        results = lora_linear(
-            x,
-            [linear.weight for linear in group],
-            [linear.lora_A.weight for linear in group if linear.lora_A is not None],
-            [linear.lora_B.weight for linear in group if linear.lora_B is not None],
-            scaling=group[0].scaling,
-            bias=[linear.bias for linear in group] if any(linear.bias is not None for linear in group) else None,
-            dropout_p=dropout,
-            dropout_seed=dropout_seed if dropout > 0.0 else None,
-        )
-        for i, result in zip(adapted, results, strict=True):
-            outputs[i] = result
-    return tuple(outputs)
+    adapted = [linear for linear in linears if linear.adapter_active]
+    if not adapted:
+        return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)
+    lora_a = [linear.lora_A.weight for linear in adapted if linear.lora_A is not None]
+    lora_b = [linear.lora_B.weight for linear in adapted if linear.lora_B is not None]
+    first = adapted[0]
+    dropout = first.dropout if dropout_seed is not None else 0.0
+    seed = dropout_seed if dropout > 0.0 else None
+    if len(adapted) == 1:
+        result = lora_linear(
+            x, first.weight, lora_a[0], lora_b[0],
+            scaling=first.scaling, bias=first.bias, dropout_p=dropout, dropout_seed=seed,
+        )  # fmt: skip
+        results = {first: result}
+    else:
+        bias = [linear.bias for linear in adapted] if any(linear.bias is not None for linear in adapted) else None
+        grouped = lora_linear(
+            x, [linear.weight for linear in adapted], lora_a, lora_b,
+            scaling=first.scaling, bias=bias, dropout_p=dropout, dropout_seed=seed,
+        )  # fmt: skip
+        results = dict(zip(adapted, grouped, strict=True))
+    return tuple(
+        results[linear] if linear in results else F.linear(x, linear.weight, linear.bias) for linear in linears
+    )
+
+
+class LowRank(nn.Module):
+    """One side of an adapter; a module of its own so that its parameter is called `lora_A.weight`, as PEFT has it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
 
 
 class RMSNorm(nn.Module):
@@ -109,4 +120,4 @@ class Embedding(nn.Module):
         if self.scale is None:
             return embedded
         # The factor is rounded to the model's dtype, by way of float32: such checkpoints are trained with it so.
-        return embedded * torch.tensor(self.scale, dtype=torch.float32, device=embedded.device).to(embedded.dtype)
+        return embedded * torch.full((), self.scale, dtype=torch.float32, device=embedded.device).to(embedded.dtype)

@@ -1,0 +1,208 @@
+"""Batched generation with a key-value cache: prompts are prefilled as packs, then each sequence grows by one a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cache import DecodeAttend, KVCache, PrefillAttend
+from .sampling import choose_tokens
+
+if TYPE_CHECKING:
+    from .decoder import CausalLM
+
+_PREFILL_TOKENS = 8192  # prompts are prefilled in packs of about this many tokens, to bound the activations
+
+
+@dataclass(eq=False)
+class _Sequence:
+    index: int  # of the prompt
+    length: int  # tokens in the cache
+    last: int  # the newest token, not yet in the cache
+    uniforms: np.ndarray | None  # one number in [0, 1) per new token; None for greedy
+    new: list[int] = field(default_factory=list)
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    stop: Sequence[int | Sequence[int]] = (),
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """Continue each prompt with up to `max_new_tokens` tokens.
+
+    Sequences that end make room for waiting prompts; only running ones are computed. Prompt i draws from its own stream
+    of random numbers, a function of (seed, i): a result does not depend on its neighbours, up to rounding.
+
+    Args:
+        model: adapters act unless disabled or merged; dropout is off.
+        prompts: token ids, each at least one.
+        max_new_tokens: at least 1.
+        temperature: 0 is greedy (the most probable token, the first of equals).
+        top_p: smallest set of most probable tokens with this mass, in (0, 1].
+        top_k: only this many most probable tokens; 0 for all.
+        seed: of the draws.
+        stop: token ids, and sequences of ids, that end a sequence; not part of the result.
+        batch_size: sequences computed at once.
+
+    Returns:
+        The new tokens of each prompt, without the stop.
+
+    Raises:
+        ValueError: an argument is out of range; a prompt is empty, holds ids outside the vocabulary, or would grow past
+            the model's `max_position_embeddings`.
+    """
+    stops = _stop_sequences(stop)
+    _check(model, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
+    waiting = iter(range(len(prompts)))
+    results: list[list[int]] = [[] for _ in prompts]
+    if not prompts:
+        return results
+    device = model.lm_head_weight.device
+    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
+    rows = min(batch_size, len(prompts))
+    cache = KVCache(model.config, rows, capacity, dtype=model.lm_head_weight.dtype, device=device)
+    active: list[_Sequence] = []
+
+    def accept(sequences: list[_Sequence], hidden: Tensor) -> list[_Sequence]:
+        """Choose the next token of each sequence; return those that have ended."""
+        uniform = None
+        if temperature > 0.0:
+            numbers = [sequence.uniforms[len(sequence.new)] for sequence in sequences if sequence.uniforms is not None]
+            uniform = torch.tensor(numbers, dtype=torch.float64, device=device)
+        tokens = choose_tokens(
+            model.logits(hidden), uniform, temperature=temperature, top_p=top_p, top_k=top_k
+        ).tolist()
+        ended = []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.last = token
+            sequence.new.append(token)
+            matched = next((s for s in stops if tuple(sequence.new[-len(s) :]) == s), None)
+            if matched is not None or len(sequence.new) == max_new_tokens:
+                results[sequence.index] = sequence.new[: -len(matched)] if matched else sequence.new
+                ended.append(sequence)
+        return ended
+
+    while True:
+        # Admit in groups: prefilling one prompt at a time would stall the running sequences again and again.
+        if len(active) <= rows * 3 // 4:
+            for group in _prefill_groups(prompts, waiting, rows - len(active)):
+                sequences = [
+                    _Sequence(i, len(prompts[i]), -1, _uniforms(seed, i, max_new_tokens, temperature)) for i in group
+                ]
+                first = len(active)
+                active += sequences
+                _retire(cache, active, accept(sequences, _prefill(model, cache, [prompts[i] for i in group], first)))
+        if not active:
+            return results
+        _retire(cache, active, accept(active, _decode(model, cache, active)))
+
+
+def _prefill(model: CausalLM, cache: KVCache, prompts: list[Sequence[int]], first_row: int) -> Tensor:
+    """Run a pack of prompts, fill rows first_row... of the cache; hidden state of each prompt's last token."""
+    device = model.lm_head_weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    cu_seqlens = torch.zeros(len(prompts) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    input_ids = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
+    rows = torch.repeat_interleave(torch.arange(first_row, first_row + len(prompts)), lengths)
+    positions = torch.arange(input_ids.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+    positions = positions.to(device)
+    attend = PrefillAttend(cache, cu_seqlens.to(device), rows.to(device), positions)
+    hidden = model.model(input_ids.to(device), positions, attend)
+    return hidden[(cu_seqlens[1:] - 1).long().to(device)]
+
+
+def _decode(model: CausalLM, cache: KVCache, active: list[_Sequence]) -> Tensor:
+    """Run the newest token of each sequence; its hidden state, [n, hidden]."""
+    device = model.lm_head_weight.device
+    lengths = [sequence.length for sequence in active]
+    positions = torch.tensor(lengths, device=device)
+    input_ids = torch.tensor([sequence.last for sequence in active], device=device)
+    attend = DecodeAttend(cache, positions, min(lengths), max(lengths))
+    hidden = model.model(input_ids, positions, attend)
+    for sequence in active:
+        sequence.length += 1
+    return hidden
+
+
+def _retire(cache: KVCache, active: list[_Sequence], ended: list[_Sequence]) -> None:
+    """Drop ended sequences; the last running ones move into the rows that become free."""
+    for sequence in ended:
+        row = active.index(sequence)
+        last = active.pop()
+        if last is not sequence:
+            cache.move(len(active), row, last.length)
+            active[row] = last
+
+
+def _prefill_groups(prompts: Sequence[Sequence[int]], waiting: Iterator[int], free: int) -> Iterator[list[int]]:
+    """Up to `free` waiting prompts, in groups of about `_PREFILL_TOKENS` tokens."""
+    group: list[int] = []
+    tokens = 0
+    for _, index in zip(range(free), waiting, strict=False):
+        group.append(index)
+        tokens += len(prompts[index])
+        if tokens >= _PREFILL_TOKENS:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
+
+
+def _uniforms(seed: int, index: int, count: int, temperature: float) -> np.ndarray | None:
+    if temperature == 0.0:
+        return None
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index)))).random(count)
+
+
+def _stop_sequences(stop: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
+    """Stops as sequences, longest first, so that the longest match is the one cut off."""
+    sequences = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in stop]
+    if not all(sequences):
+        raise ValueError("stop: got an empty sequence; expected token ids and sequences of at least one id")
+    return sorted(sequences, key=len, reverse=True)
+
+
+def _check(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    batch_size: int,
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if temperature < 0.0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p: expected a mass in (0, 1], got {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected 0 (all tokens) or more, got {top_k}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{i}]: empty; a prompt needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise ValueError(f"prompts[{i}]: token ids must lie in 0..{vocab - 1}, got {min(prompt)}..{max(prompt)}")
+        if len(prompt) + max_new_tokens > positions:
+            raise ValueError(
+                f"prompts[{i}]: {len(prompt)} tokens and max_new_tokens = {max_new_tokens} exceed the model's "
+                f"max_position_embeddings = {positions}; shorten the prompt or ask for fewer tokens"
+            )
