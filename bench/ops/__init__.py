@@ -1,0 +1,1 @@
+"""One module per op: its workloads and their peers."""
