@@ -1,9 +1,12 @@
 """The public ops of forge_core. One op, one name: see docs/architecture.md for the five places of each."""
 
 from .linear_token_logprobs import linear_token_logprobs
+from .lora_linear import lora_linear
 from .pack import PackPlan, TokenMixer, pack_sequences
 from .registry import available_backends
 from .rms_norm import rms_norm
+from .rope import rope
+from .swiglu import swiglu
 from .weighted_linear_cross_entropy import MixingLoss, weighted_linear_cross_entropy
 
 __all__ = [
@@ -12,7 +15,10 @@ __all__ = [
     "TokenMixer",
     "available_backends",
     "linear_token_logprobs",
+    "lora_linear",
     "pack_sequences",
     "rms_norm",
+    "rope",
+    "swiglu",
     "weighted_linear_cross_entropy",
 ]

@@ -4,8 +4,11 @@ Written to be read. Each runs in float64 for float64 inputs and in float32 other
 at the end.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -102,3 +105,80 @@ def _require(ok: Tensor, argument: str, values: Tensor, expected: str) -> None:
     elif not ok.all():
         row = int(ok.long().argmin())
         raise ValueError(f"{argument}: got {values[row].item()} in row {row}, expected {expected}")
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates the pairs `(x[i], x[i + d/2])` of every head by the token's angles."""
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.to(compute_dtype(x)).chunk(2, dim=-1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up`."""
+    wide = gate.to(compute_dtype(gate))
+    activated = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
+    return (activated * up.to(wide.dtype)).to(gate.dtype)
+
+
+def dropout_factors(shape: tuple[int, ...], p: float, seed: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies each element by: 0 with probability p, else 1 / (1 - p).
+
+    Element e of the flattened tensor takes word e % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the 64-bit `seed`
+    as key and the counter (e // 4 as two words, stream, 0); it is kept when the word is at least round(p * 2^32).
+
+    Args:
+        shape: of the result.
+        p: in [0, 1).
+        seed: int64 scalar.
+        stream: tells apart the masks that share a seed: the index of the projection.
+        dtype: of the result.
+    """
+    low = 0xFFFFFFFF
+
+    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        # High and low word of the 64-bit product of two 32-bit words, without leaving the range of int64.
+        upper, lower = a * (b >> 16), a * (b & 0xFFFF)
+        return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & low
+
+    elements = math.prod(shape)
+    block = torch.arange((elements + 3) // 4, dtype=torch.int64, device=seed.device)
+    c = [block & low, block >> 32, torch.full_like(block, stream), torch.zeros_like(block)]
+    key = [seed.reshape(()) & low, (seed.reshape(()) >> 32) & low]
+    for _ in range(10):
+        (high0, low0), (high2, low2) = multiply(0xD2511F53, c[0]), multiply(0xCD9E8D57, c[2])
+        c = [high2 ^ c[1] ^ key[0], low2, high0 ^ c[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    kept = torch.stack(c, dim=1).reshape(-1)[:elements] >= round(p * 2**32)
+    return (kept.to(dtype) / (1 - p)).reshape(shape)
+
+
+def lora_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """`y_i = x W_i^T + s_i B_i^T + bias_i`, `s_i = scaling_i * dropout_i(x) A_i^T`; A, B, s rounded to x's dtype."""
+    wide = x.to(compute_dtype(x))
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(x.dtype).to(wide.dtype)
+
+    outputs = []
+    for i, (weight, a, b, bias) in enumerate(zip(weights, lora_a, lora_b, biases, strict=True)):
+        dropped = wide
+        if dropout_seed is not None:
+            dropped = wide * dropout_factors(tuple(x.shape), dropout_p, dropout_seed, i, wide.dtype)
+        s = rounded(scalings[i] * (dropped @ rounded(a).T))
+        y = wide @ weight.to(wide.dtype).T + s @ rounded(b).T
+        outputs.append((y if bias is None else y + bias.to(wide.dtype)).to(x.dtype))
+    return tuple(outputs)

@@ -46,6 +46,7 @@ void dispatch_float_bf16(const Tensor& x, const char* argument, const F& f) {
   const ScalarType dtype = x.scalar_type();
   FORGE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, argument, toString(dtype),
               "float32 or bfloat16 (other dtypes run with backend=\"reference\")");
+  active_isa_level();  // complains here about a wrong FORGE_CPU_ISA: inside parallel_for the message would be lost
   if (dtype == ScalarType::Float) {
     f.template operator()<float>();
   } else {
