@@ -1,4 +1,5 @@
 import torch
+
 from forge_core.kernels import reference
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from forge_core.kernels import reference, swiglu
 from torch.utils.checkpoint import checkpoint
 
+from forge_core.kernels import reference, swiglu
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
