@@ -124,7 +124,13 @@ _POST = NormNames(None, "post_attention_layernorm", None, "post_feedforward_laye
 _BOTH = NormNames(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
-_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _GEMMA = {
     "head_dim": 256,
     "num_key_value_heads": 4,
@@ -160,14 +166,14 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     ),
     "qwen2": _Architecture(
         _PRE,
-        {"max_position_embeddings": 32768, **_QWEN_WINDOW},
+        _QWEN,
         qkv_bias=True,
         o_bias=False,
         windows="from_layer",
     ),
     "qwen3": _Architecture(
         _PRE,
-        {"head_dim": 128, "max_position_embeddings": 32768, **_QWEN_WINDOW},
+        {**_QWEN, "head_dim": 128},
         qk_norm="head",
         windows="from_layer",
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,16 +40,24 @@ class Attend(Protocol):
 
 
 class PackedAttend:
-    """Attention of every token to the earlier tokens of its own document."""
+    """Attention of every token to the earlier tokens of its own document.
+
+    plan: made for one window; the plans of the other windows of the model follow from it, once per batch.
+    """
 
     def __init__(self, cu_seqlens: Tensor, plan: PackPlan | None) -> None:
-        self.cu_seqlens, self.plan = cu_seqlens, plan
+        self.cu_seqlens = cu_seqlens
+        self._plan = plan
+        self._plans = {} if plan is None else {plan.window: plan}
 
     def __call__(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
+        window = attention.window
+        if self._plan is not None and window not in self._plans:
+            self._plans[window] = replace(self._plan, window=window)
         return packed_attention(
             q, k, v, self.cu_seqlens,
-            plan=self.plan, window=attention.window, softcap=attention.softcap, scale=attention.scale,
+            plan=self._plans.get(window), window=window, softcap=attention.softcap, scale=attention.scale,
         )  # fmt: skip
 
 
@@ -89,7 +98,7 @@ class Attention(nn.Module):
         cos, sin = tables[self.rope_index]
         q, k = rope(q, k, cos, sin)
         attended = attend(self, q, k, v)
-        return self.o_proj(attended.reshape(tokens, -1), None if dropout_seed is None else dropout_seed + 1)
+        return self.o_proj(attended.flatten(1), None if dropout_seed is None else dropout_seed + 1)
 
 
 class MLP(nn.Module):

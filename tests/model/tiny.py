@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+transformers.utils.logging.disable_progress_bar()
+
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -37,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 9, "head_dim": 24}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
     "qwen3": ("qwen3", {"head_dim": 32}),
-    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 0.5}),
     "gemma3": (
         "gemma3_text",
         {
@@ -65,6 +67,8 @@ def peer(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0.0, 0.15)
+        if name.startswith("gemma"):  # scaled by sqrt(hidden) and tied: larger ones would only repeat the last token
+            model.get_input_embeddings().weight.mul_(0.2)
     return model.eval()
 
 
@@ -85,4 +89,12 @@ def documents(*lengths: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of the expected values."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def transformers_logits(model: Any, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Logits of each document of a pack, run alone through transformers, one after the other."""
+    spans = zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+    with torch.no_grad():
+        return torch.cat([model(input_ids[start:end][None]).logits[0] for start, end in spans if end > start])
