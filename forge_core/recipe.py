@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from forge_core.atomic import write_text
-from forge_core.recipe_yaml import Key, RecipeError, apply_override, explain, read_yaml
+from .atomic import write_text
+from .recipe_yaml import Key, RecipeError, apply_override, explain, read_yaml
 
 __all__ = [
     "CustomerSource",
@@ -79,7 +79,9 @@ class ModelOptions(_Options):
 class LoraOptions(_Options):
     """Low-rank adapters; `lora: null` trains all parameters."""
 
-    rank: int = _option(32, "rank r; for tasks with a low baseline raise it before alpha", source="MedReason run: r 32", ge=1)
+    rank: int = _option(
+        32, "rank r; for tasks with a low baseline raise it before alpha", source="MedReason run: r 32", ge=1
+    )
     alpha: float = _option(
         64.0, "adapter scale alpha; raise when under-adapting, lower when generality is lost", source=_NOVA2, gt=0
     )
@@ -106,7 +108,11 @@ class CustomerSource(_Options):
     columns: Columns = _option(None, "standard column -> column of the file, for example {question: prompt}")
     kind: RowKind = _option("auto", "rows are conversations, plain text, or told by their columns (auto)")
     percent: float | None = _option(
-        None, "share inside the domain part", shown="in proportion to size, so that all see as many epochs", ge=0, le=100
+        None,
+        "share inside the domain part",
+        shown="in proportion to size, so that all see as many epochs",
+        ge=0,
+        le=100,
     )
 
 
@@ -126,8 +132,9 @@ class DataOptions(_Options):
     customer: tuple[CustomerSource, ...] = _option((), "the domain data")
     customer_percent: float = _option(
         100.0,
-        "percent of all training tokens that are domain data; about 50 for most uses. Must be given where `general` is: "
-        "100 then trains without the mix, 0 on general data alone. Category k gets (100 - customer_percent) * percent_k / 100",
+        "percent of the tokens that are domain data; about 50 for most uses. Must be given where `general` is: "
+        "100 then trains without the mix, 0 on general data alone. General category k has the share "
+        "(100 - customer_percent) * percent_k / 100",
         ge=0,
         le=100,
     )
@@ -135,18 +142,19 @@ class DataOptions(_Options):
     share_of: Literal["tokens", "loss_tokens"] = _option(
         "loss_tokens", "what the percents count: all tokens, or those that carry loss (what the gradient sees)"
     )
-    max_length: int = _option(
-        2048, "tokens of a pack, the micro-batch, and so the longest sample", shown="2048", ge=2
-    )
+    max_length: int = _option(2048, "tokens of a pack, the micro-batch, and so the longest sample", shown="2048", ge=2)
     overlong: Literal["error", "truncate", "drop", "split"] = _option(
         "error", "what happens to a conversation longer than max_length; plain text is always split into windows"
     )
     sanitize: bool = _option(
-        True, "defuse text that collides with the chat template (System:, User:, special tokens)",
+        True,
+        "defuse text that collides with the chat template (System:, User:, special tokens)",
         source="Nova Forge data preparation",
     )
     cache_dir: RecipePath | None = _option(
-        None, "folder of the token cache; share one between runs to tokenize once", shown="cache in output_dir"
+        None,
+        "folder of the token cache, shared between runs",
+        shown="$XDG_CACHE_HOME/forge_core/tokens, else ~/.cache/forge_core/tokens",
     )
 
     @model_validator(mode="after")
@@ -173,7 +181,8 @@ class DataOptions(_Options):
                 raise ValueError(f"general: the percents sum to {total:g} ({shares}), expected 100")
         elif self.customer_percent < 100:
             raise ValueError(
-                f"customer_percent: got {self.customer_percent:g} without general data; list it under general, or use 100"
+                f"customer_percent: got {self.customer_percent:g} without general data; list some under general, or "
+                "use 100"
             )
         _refuse_twice("data", [s.name for s in self.customer] + [s.category for s in self.general])
         return self
@@ -184,13 +193,18 @@ class TrainingOptions(_Options):
 
     max_steps: int = _option(100, "optimizer steps; 5 is the cheap rehearsal", source=_NOVA2, ge=1)
     packs_per_step: int = _option(
-        ..., "global batch: packs of max_length tokens per step", shown="sft 32, cpt 256",
-        source=f"{_NOVA2}: batch 32; Nova 2 Lite CPT recipe: 256 (with max_length 8192, 2 M tokens)", ge=1,
+        ...,
+        "global batch: packs of max_length tokens per step",
+        shown="sft 32, cpt 256",
+        source=f"{_NOVA2}: batch 32; Nova 2 Lite CPT recipe: 256 (with max_length 8192, 2 M tokens)",
+        ge=1,
     )
     learning_rate: float = _option(
-        ..., "peak learning rate; the most sensitive option, and more so with a mix",
+        ...,
+        "peak learning rate; the most sensitive option, and more so with a mix",
         shown="sft with LoRA 1e-5, sft full rank 5e-6, cpt 1e-5",
-        source=f"{_NOVA2} (LoRA), Nova 1 SFT full recipe (full), Nova 2 Lite CPT recipe", gt=0,
+        source=f"{_NOVA2} (LoRA), Nova 1 SFT full recipe (full), Nova 2 Lite CPT recipe",
+        gt=0,
     )
     min_lr: float = _option(
         ..., "learning rate of the last step", shown="1e-6, or learning_rate where that is lower", source=_NOVA2, ge=0
@@ -272,7 +286,9 @@ class Recipe(_Options):
     output_dir: RecipePath = _option(..., "folder of metrics, checkpoints and the result")
     seed: int = _option(0, "seed of the data order, of adapters and of dropout", ge=0)
     lora: LoraOptions | None = _option(
-        LoraOptions(), "adapter options; null trains all parameters", shown="LoRA with its defaults",
+        LoraOptions(),
+        "adapter options; null trains all parameters",
+        shown="LoRA with its defaults",
         source="LoRA first, full rank once the pipeline is validated",
     )
     data: DataOptions = _option(..., "training data")
@@ -293,20 +309,13 @@ class Recipe(_Options):
         full_rank = "lora" in data and data["lora"] is None
         filled = _training_defaults(data.get("technique"), full_rank, training)
         steps = filled["max_steps"]
-        recipe = handler(
-            {**data, "training": filled, "evaluation": {"every": steps, **_without_none(evaluation)}}
-        )
+        recipe = handler({**data, "training": filled, "evaluation": {"every": steps, **_without_none(evaluation)}})
         recipe._chosen = frozenset(_without_none(training))
         return recipe
 
     def chose(self, training_option: str) -> bool:
         """Tell whether `training.<option>` was given, not left to its default."""
         return training_option in self._chosen
-
-    @property
-    def cache_dir(self) -> Path:
-        """The folder of the token cache."""
-        return self.data.cache_dir or self.output_dir / "cache"
 
     def to_dict(self) -> dict[str, Any]:
         """Return every option, defaults filled in, as plain JSON values."""

@@ -115,7 +115,7 @@ def explain(
 
 
 def _is_union_tag(part: str | int) -> bool:
-    # In a union pydantic adds the branch's name to the location, for example 'tuple[str, ...]' or "literal['all-linear']".
+    # In a union pydantic adds the branch's name to the location, such as 'tuple[str, ...]' or "literal['all-linear']".
     return isinstance(part, str) and ("[" in part or part in {"str", "int", "float"})
 
 
