@@ -183,9 +183,8 @@ class BatchStream:
             replay.next_sample_ids()
         if replay.chain != state["chain"]:
             raise ValueError(
-                f"stream state: the samples of the first {state['step']} steps were others (chain {state['chain'][:12]}) "
-                f"than this stream draws (chain {replay.chain[:12]}); resume with the version and data of the first "
-                "run"
+                f"stream state: the chain of the first {state['step']} steps is {state['chain'][:12]}, this stream draws "
+                f"{replay.chain[:12]}: other samples; resume with the version and data of the first run"
             )
 
     def _length(self, sample: tuple[int, int]) -> int:
@@ -202,14 +201,16 @@ class BatchStream:
         self.step += 1
 
 
-def iterate_packs(store: TokenStore, budget: int) -> Iterator[PackedBatch]:
+def iterate_packs(store: TokenStore, budget: int, *, limit: int | None = None) -> Iterator[PackedBatch]:
     """Every sample of the store once, packed best-fit into `budget` tokens; for evaluation. Always the same order.
+
+    With `limit` the first so many samples only.
 
     Raises:
         DataError: a sample longer than a pack (file:line).
     """
     check_fits([store], budget)
-    order, offsets = pack_sequences(store.token_counts, budget)
+    order, offsets = pack_sequences(store.token_counts[:limit], budget)
     for start, end in pairwise(offsets.tolist()):
         yield assemble_pack([(0, index) for index in order[start:end].tolist()], [store], budget)
 

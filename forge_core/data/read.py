@@ -133,7 +133,7 @@ def _decode(raw: bytes, file: Path, line: int) -> str:
 def _read_jsonl(file: Path) -> Iterator[Record]:
     with open(file, "rb") as lines:
         for line, raw in enumerate(lines, start=1):
-            text = _decode(raw, file, line)
+            text = _decode(raw, file, line).rstrip("\r\n")
             if not text.strip():
                 continue
             try:
@@ -209,13 +209,15 @@ def _csv_rows(file: Path, source: TextIO) -> Iterator[Record]:
             ) from error
         if row is None:
             return
-        if header is None:
+        if len(row) <= 1 and not "".join(row).strip():
+            pass  # a blank line
+        elif header is None:
             header = row
             if len(set(header)) < len(header) or not all(name.strip() for name in header):
                 raise DataError(
                     f"{file}:1: header {header} has an empty or repeated column name; name each column once"
                 )
-        elif row:
+        else:
             if len(row) != len(header):
                 raise DataError(
                     f"{file}:{line}: got {len(row)} fields, expected {len(header)} as in the header {header}; "

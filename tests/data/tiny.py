@@ -23,6 +23,9 @@ SENTENCES = [
 ]
 
 
+GENERIC_QA: dict[str, object] = {"question": "What is the code?", "answer": "It is A00."}
+
+
 def tiny_backend() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
