@@ -1,13 +1,16 @@
 """The public ops of forge_core. One op, one name: see docs/architecture.md for the five places of each."""
 
-from .linear_token_logprobs import linear_token_logprobs
-from .lora_linear import lora_linear
-from .pack import PackPlan, TokenMixer, pack_sequences
-from .registry import available_backends
-from .rms_norm import rms_norm
-from .rope import rope
-from .swiglu import swiglu
-from .weighted_linear_cross_entropy import MixingLoss, weighted_linear_cross_entropy
+# With the source folder on sys.path (`python -m pytest`, `python -c`) transformers takes this folder for the package
+# `kernels` and imports it: it must then find an empty module, not load the op libraries a second time.
+if __name__ == "forge_core.kernels":
+    from .linear_token_logprobs import linear_token_logprobs
+    from .lora_linear import lora_linear
+    from .pack import PackPlan, TokenMixer, pack_sequences
+    from .registry import available_backends
+    from .rms_norm import rms_norm
+    from .rope import rope
+    from .swiglu import swiglu
+    from .weighted_linear_cross_entropy import MixingLoss, weighted_linear_cross_entropy
 
 __all__ = [
     "MixingLoss",

@@ -9,20 +9,40 @@ from torch.nn import functional as F
 from .config import ModelConfig
 from .decoder import Attention, PackedAttend
 
+_GRANULE = 64  # tokens; capacity is a multiple of it
+
 
 class KVCache:
-    """Fixed storage for `rows` sequences of up to `capacity` tokens; the sequences in use are always rows 0..n-1.
+    """Storage for `rows` sequences that grows with the longest; the sequences in use are always rows 0..n-1.
 
-    `keys[layer]` and `values[layer]` are [rows, kv_heads, capacity, head_dim]; token i of a sequence lies at i.
+    `keys[layer]` and `values[layer]` are contiguous [rows, kv_heads, capacity, head_dim] (batched matmuls of a strided
+    slice would copy it); token i of a sequence lies at i. Keys are float32 for 16-bit models: the scores are then not
+    rounded to 16 bits before the softmax.
     """
 
-    def __init__(
-        self, config: ModelConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (rows, config.num_kv_heads, capacity, config.head_dim)
-        # Zeros, not empty: masked places still enter the product with the values, and 0 * NaN would be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+    def __init__(self, config: ModelConfig, rows: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (rows, config.num_kv_heads, 0, config.head_dim)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.keys = [torch.zeros(shape, dtype=wide, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.capacity = 0
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` tokens; what is stored stays."""
+        if length <= self.capacity:
+            return
+        wanted = max(length, self.capacity * 9 // 8)
+        added = -(-wanted // _GRANULE) * _GRANULE - self.capacity
+        self.capacity += added
+        for stores in (self.keys, self.values):
+            for layer, store in enumerate(stores):
+                # Zeros: masked places still enter the product with the values, and 0 * NaN would be NaN.
+                stores[layer] = F.pad(store, (0, 0, 0, added))
+
+    def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v [tokens, kv_heads, head_dim] at the given row and position of each token."""
+        self.keys[layer][rows, :, positions] = k.to(self.keys[layer].dtype)
+        self.values[layer][rows, :, positions] = v
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` over row `target`."""
@@ -31,59 +51,58 @@ class KVCache:
 
 
 class PrefillAttend:
-    """Attention inside the documents of a pack of prompts, which also fills the cache."""
+    """Attention inside the documents of a pack of prompts, which also fills the cache.
+
+    rows, positions: int64 [tokens], cache row and position of each token.
+    """
 
     def __init__(self, cache: KVCache, cu_seqlens: Tensor, rows: Tensor, positions: Tensor) -> None:
         self.cache, self.packed = cache, PackedAttend(cu_seqlens, None)
-        self.rows, self.positions = rows, positions  # cache row and position of each token, int64 [tokens]
+        self.rows, self.positions = rows, positions
 
     def __call__(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `decoder.Attend`."""
-        self.cache.keys[attention.index][self.rows, :, self.positions] = k
-        self.cache.values[attention.index][self.rows, :, self.positions] = v
+        self.cache.write(attention.index, self.rows, self.positions, k, v)
         return self.packed(attention, q, k, v)
 
 
 class DecodeAttend:
     """Attention of one new token in each of the first n rows over its row of the cache.
 
-    positions: int64 [n], the new tokens' positions; `shortest` and `longest` are their extremes, known on the host.
+    positions: int64 [n], where the new tokens go.
     """
 
-    def __init__(self, cache: KVCache, positions: Tensor, shortest: int, longest: int) -> None:
+    def __init__(self, cache: KVCache, positions: Tensor) -> None:
         self.cache, self.positions = cache, positions
         self.rows = torch.arange(positions.shape[0], device=positions.device)
-        self.shortest, self.longest = shortest, longest
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `decoder.Attend`."""
-        keys, values = self.cache.keys[attention.index], self.cache.values[attention.index]
-        keys[self.rows, :, self.positions] = k
-        values[self.rows, :, self.positions] = v
-        count = q.shape[0]
-        first = 0 if attention.window is None else max(0, self.shortest - attention.window + 1)
-        keys, values = keys[:count, :, first : self.longest + 1], values[:count, :, first : self.longest + 1]
+        self.cache.write(attention.index, self.rows, self.positions, k, v)
+        count, batch = q.shape[0], q.shape[0] * attention.num_kv_heads
         # The query heads that share a key head stand where a prompt's tokens would: no copies of the keys.
-        grouped = q.view(count, attention.num_kv_heads, -1, attention.head_dim)
-        mask = self._mask(attention.window, first, q.dtype)
+        queries = q.reshape(batch, -1, attention.head_dim)
+        keys = self.cache.keys[attention.index][:count].flatten(0, 1)
+        values = self.cache.values[attention.index][:count].flatten(0, 1)
+        mask = self._mask(attention, keys.dtype)
         if attention.softcap is None:
-            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scale)
-            return attended.reshape(q.shape)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        scores = torch.matmul(grouped, keys.transpose(-1, -2)).to(wide) * attention.scale
-        scores = attention.softcap * torch.tanh(scores / attention.softcap)
-        probabilities = torch.softmax(scores + mask, dim=-1).to(values.dtype)
-        return torch.matmul(probabilities, values).reshape(q.shape)
+            scores = torch.baddbmm(mask, queries.to(keys.dtype), keys.transpose(1, 2), alpha=attention.scale)
+        else:
+            scores = torch.bmm(queries.to(keys.dtype), keys.transpose(1, 2)) * (attention.scale / attention.softcap)
+            scores = attention.softcap * torch.tanh(scores) + mask
+        probabilities = torch.softmax(scores, dim=-1).to(values.dtype)
+        return torch.bmm(probabilities, values).view(q.shape)
 
-    def _mask(self, window: int | None, first: int, dtype: torch.dtype) -> Tensor:
-        """0 where a key is visible and -inf where it is not, [n, 1, 1, keys]; one per window, not one per layer."""
+    def _mask(self, attention: Attention, dtype: torch.dtype) -> Tensor:
+        """0 where a key is visible, -inf where not, [n * kv_heads, 1, capacity]; one per window, not one per layer."""
+        window = attention.window
         if window not in self._masks:
-            index = torch.arange(first, self.longest + 1, device=self.positions.device)
+            index = torch.arange(self.cache.capacity, device=self.positions.device)
             positions = self.positions[:, None]
             hidden = index > positions
             if window is not None:
                 hidden |= index <= positions - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self._masks[window] = mask[:, None, None]
+            self._masks[window] = mask.repeat_interleave(attention.num_kv_heads, dim=0)[:, None]
         return self._masks[window]

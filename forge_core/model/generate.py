@@ -71,9 +71,8 @@ def generate(
     if not prompts:
         return results
     device = model.lm_head_weight.device
-    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
     rows = min(batch_size, len(prompts))
-    cache = KVCache(model.config, rows, capacity, dtype=model.lm_head_weight.dtype, device=device)
+    cache = KVCache(model.config, rows, dtype=model.lm_head_weight.dtype, device=device)
     active: list[_Sequence] = []
 
     def accept(sequences: list[_Sequence], hidden: Tensor) -> list[_Sequence]:
@@ -120,6 +119,7 @@ def _prefill(model: CausalLM, cache: KVCache, prompts: list[Sequence[int]], firs
     rows = torch.repeat_interleave(torch.arange(first_row, first_row + len(prompts)), lengths)
     positions = torch.arange(input_ids.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
     positions = positions.to(device)
+    cache.reserve(max(len(prompt) for prompt in prompts))
     attend = PrefillAttend(cache, cu_seqlens.to(device), rows.to(device), positions)
     hidden = model.model(input_ids.to(device), positions, attend)
     return hidden[(cu_seqlens[1:] - 1).long().to(device)]
@@ -131,7 +131,8 @@ def _decode(model: CausalLM, cache: KVCache, active: list[_Sequence]) -> Tensor:
     lengths = [sequence.length for sequence in active]
     positions = torch.tensor(lengths, device=device)
     input_ids = torch.tensor([sequence.last for sequence in active], device=device)
-    attend = DecodeAttend(cache, positions, min(lengths), max(lengths))
+    cache.reserve(max(lengths) + 1)
+    attend = DecodeAttend(cache, positions)
     hidden = model.model(input_ids, positions, attend)
     for sequence in active:
         sequence.length += 1

@@ -25,7 +25,7 @@ def choose_tokens(logits: Tensor, uniform: Tensor | None, *, temperature: float,
         int64 [rows].
     """
     if uniform is None:
-        return logits.argmax(dim=-1)
+        return logits.max(dim=-1).indices  # the first of equals, as argmax; several times faster in bfloat16
     logits = logits.to(torch.float32 if logits.dtype != torch.float64 else torch.float64) / temperature
     if top_k == 0 and top_p == 1.0:
         return _invert(torch.softmax(logits, dim=-1), uniform)
