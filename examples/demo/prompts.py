@@ -326,7 +326,7 @@ _FORMS = (
     "Compare {topic} with {other} in a short table.",
     "Write about {topic} in all lower case letters.",
     'Explain {topic} without using the word "important".',
-    "Sum up {topic} as a JSON object with the keys \"topic\" and \"summary\".",
+    'Sum up {topic} as a JSON object with the keys "topic" and "summary".',
     "Write a title for an article about {topic}, then the first four sentences of it.",
     "Give one argument for and one argument against studying {topic}, each under its own heading.",
 )
