@@ -13,6 +13,7 @@ from rich.console import Console
 from forge_core import atomic
 from forge_core.data import PackedBatch, Tokenizer
 from forge_core.evaluate import PreparedSet, forgetting_summary, measure_sets, prepare_sets, without_predictions
+from forge_core.evaluate.device import pick_device
 from forge_core.evaluate.sets import Results
 from forge_core.kernels import MixingLoss, PackPlan, weighted_linear_cross_entropy
 from forge_core.model import CausalLM, adapter_parameters
@@ -282,18 +283,6 @@ class _Trainer:
 def total_weight(packs: Sequence[PackedBatch]) -> float:
     """Sum of the loss weights of a step's packs: what the step's loss is divided by, whatever the number of packs."""
     return float(sum(pack.token_weights.double().sum() for pack in packs))
-
-
-def pick_device(recipe: Recipe) -> torch.device:
-    """The device of a recipe.
-
-    Raises:
-        ValueError: model.device is cuda and there is none.
-    """
-    available = torch.cuda.is_available()
-    if recipe.model.device == "cuda" and not available:
-        raise ValueError("model.device: got cuda, but torch sees no CUDA device; use auto or cpu")
-    return torch.device("cuda" if available and recipe.model.device != "cpu" else "cpu")
 
 
 def _optimizer(recipe: Recipe, model: CausalLM) -> MasterAdamW:
