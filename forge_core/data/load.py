@@ -15,6 +15,9 @@ from .pack import PackedBatch, assemble_pack, check_fits
 from .store import TokenStore
 
 _STATE_VERSION = 1
+# Packs' worth of samples looked at beyond a step, for its gaps: single packs of log-normal samples are 99.4 % full with
+# two, 99.2 % with one (the emptiest of 240: 98 % and 70 %), 98.4 % with none.
+_LOOKAHEAD = 2
 _DRAWS = 64  # samples drawn at a time while a step is filled
 
 
@@ -87,8 +90,7 @@ class BatchStream:
 
     def next_sample_ids(self) -> list[list[tuple[int, int]]]:
         """The (source, index) pairs of each pack of the next step, which counts as consumed; reads no tokens."""
-        # One pack more than needed is looked at, so that gaps find a sample that fits.
-        wanted = self._budget * (self._packs_per_step + 1)
+        wanted = self._budget * (self._packs_per_step + _LOOKAHEAD)
         lengths = [self._length(sample) for sample in self._waiting]
         total = sum(lengths)
         while total < wanted:
@@ -183,8 +185,8 @@ class BatchStream:
             replay.next_sample_ids()
         if replay.chain != state["chain"]:
             raise ValueError(
-                f"stream state: the chain of the first {state['step']} steps is {state['chain'][:12]}, this stream draws "
-                f"{replay.chain[:12]}: other samples; resume with the version and data of the first run"
+                f"stream state: the chain of the first {state['step']} steps is {state['chain'][:12]}, this stream "
+                f"draws {replay.chain[:12]}: other samples; resume with the version and data of the first run"
             )
 
     def _length(self, sample: tuple[int, int]) -> int:

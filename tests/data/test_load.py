@@ -116,9 +116,10 @@ def test_packs_are_full(tmp_path: Path) -> None:
     samples = [Sample(np.zeros(n, np.int32), np.ones(n, np.uint8), 1.0, 0, i) for i, n in enumerate(lengths)]
     write_store(tmp_path / "s", iter(samples), {"key": "k", "files": ["f"]})
     store = TokenStore(tmp_path / "s")
-    steps = BatchStream([store], [1.0], budget=2048, packs_per_step=8, seed=0)
-    used = [store.token_counts[[i for _, i in pack]].sum() for _ in range(30) for pack in steps.next_sample_ids()]
-    assert np.mean(used) / 2048 > 0.99
+    for packs_per_step in (1, 8):
+        steps = BatchStream([store], [1.0], budget=2048, packs_per_step=packs_per_step, seed=0)
+        used = [store.token_counts[[i for _, i in pack]].sum() for _ in range(60) for pack in steps.next_sample_ids()]
+        assert np.mean(used) / 2048 > 0.99 and min(used) / 2048 > 0.95
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,6 +150,22 @@ def test_order_depends_on_seed_and_mix_and_nothing_else(stores: list[TokenStore]
     for other in others:
         other.next_step()
     assert len({first.chain, *(other.chain for other in others)}) == 4
+
+
+def test_the_chain_covers_what_was_consumed_and_in_which_pack(stores: list[TokenStore]) -> None:
+    """Streams with equal arguments whose waiting lines differ, as a changed version could leave them."""
+    packs, chains = [], []
+    for swap in (False, True):
+        steps = stream(stores)
+        steps.next_sample_ids()
+        if swap:
+            steps._waiting.reverse()
+        packs.append(steps.next_sample_ids())
+        chains.append(steps.chain)
+        if swap:
+            with pytest.raises(ValueError, match=r"the chain of the first 2 steps is .* other samples"):
+                stream(stores).verify(steps.state())
+    assert packs[0] != packs[1] and chains[0] != chains[1]
 
 
 def test_epochs_are_permuted_anew(stores: list[TokenStore]) -> None:
