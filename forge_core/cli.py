@@ -160,8 +160,8 @@ def _print_report(recipe: Recipe, report: "CheckReport") -> None:
     how = f"full rank: all {report.parameters:,} parameters are trained"
     if recipe.lora is not None:
         how = (
-            f"LoRA r {recipe.lora.rank}, alpha {recipe.lora.alpha:g}: {report.trained_parameters:,} trained parameters on "
-            f"{report.parameters:,} frozen ones"
+            f"LoRA r {recipe.lora.rank}, alpha {recipe.lora.alpha:g}: {report.trained_parameters:,} trained parameters "
+            f"on {report.parameters:,} frozen ones"
         )
     lines = [
         f"{recipe.technique}, {how}",

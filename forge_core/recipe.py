@@ -302,15 +302,17 @@ class Recipe(_Options):
     def _fill_technique_defaults(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, dict):
             return handler(data)
-        training = _as_dict(data.get("training"))
-        evaluation = _as_dict(data.get("evaluation"))
-        if training is None or evaluation is None:
-            return handler(data)
-        full_rank = "lora" in data and data["lora"] is None
-        filled = _training_defaults(data.get("technique"), full_rank, training)
-        steps = filled["max_steps"]
-        recipe = handler({**data, "training": filled, "evaluation": {"every": steps, **_without_none(evaluation)}})
-        recipe._chosen = frozenset(_without_none(training))
+        training, evaluation = _as_dict(data.get("training")), _as_dict(data.get("evaluation"))
+        filled = dict(data)
+        steps = 1
+        if training is not None:
+            full_rank = "lora" in data and data["lora"] is None
+            filled["training"] = _training_defaults(data.get("technique"), full_rank, training)
+            steps = filled["training"]["max_steps"]
+        if evaluation is not None:
+            filled["evaluation"] = {"every": steps, **_without_none(evaluation)}
+        recipe = handler(filled)
+        recipe._chosen = frozenset(_without_none(training or {}))
         return recipe
 
     def chose(self, training_option: str) -> bool:

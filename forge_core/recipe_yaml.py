@@ -110,7 +110,11 @@ def explain(
     messages = []
     for item in error.errors():
         key = tuple(part for part in item["loc"] if not _is_union_tag(part))
-        messages.append(f"{_place(key, where, lines, overrides)}: {_say(item, key, model)}")
+        text = _say(item, key, model)
+        field, colon, rest = text.partition(": ")
+        if item["type"] == "value_error" and colon and field in _fields_at(model, key):
+            key, text = (*key, field), rest  # a check over several options, which names the one to change
+        messages.append(f"{_place(key, where, lines, overrides)}: {text}")
     return "\n".join(dict.fromkeys(messages))
 
 

@@ -120,8 +120,8 @@ def _data_warnings(recipe: Recipe, rows: list[SourceRow]) -> list[str]:
         name, epochs = row.source.name, row.epochs
         if row.source.role == "customer" and recipe.technique == "cpt" and epochs > 1.05:
             warnings.append(
-                f"{name}: {epochs:.1f} epochs of continued pre-training over {row.source.tokens:,} tokens; several epochs "
-                "over little data are memorised, not learned. Take fewer steps, a lower customer_percent or more data"
+                f"{name}: {epochs:.1f} epochs of continued pre-training over {row.source.tokens:,} tokens; several "
+                "epochs over little data memorise it. Use fewer steps, a lower customer_percent or more data"
             )
         elif row.source.role == "customer" and recipe.technique == "sft" and epochs > _SFT_EPOCHS:
             warnings.append(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from forge_core import atomic
 from forge_core.data import PackedBatch, Tokenizer
-from forge_core.evaluate import PreparedSet, forgetting_summary, measure_sets, prepare_sets, without_predictions
+from forge_core.evaluate import forgetting_summary, measure_sets, prepare_sets, without_predictions
 from forge_core.evaluate.device import pick_device
 from forge_core.evaluate.sets import Results
 from forge_core.kernels import MixingLoss, PackPlan, weighted_linear_cross_entropy
@@ -99,8 +99,11 @@ class _Trainer:
         self.console = console
         self.device = pick_device(recipe)
         self.tokenizer = Tokenizer.from_pretrained(recipe.model.path)
-        self.sources = prepare_sources(recipe, self.tokenizer)
-        self.sets: list[PreparedSet] = prepare_sets(recipe, self.tokenizer)
+        with console.status("reading data") as status:
+            self.sources = prepare_sources(
+                recipe, self.tokenizer, progress=lambda name: status.update(f"reading {name}")
+            )
+            self.sets = prepare_sets(recipe, self.tokenizer, progress=lambda name: status.update(f"reading {name}"))
         self.stream = batch_stream(recipe, self.sources)
         self.identity = run_identity(recipe, self.sources)
         self.schedule = Schedule.of(recipe.training)
