@@ -10,4 +10,16 @@ STABLE_TORCH_LIBRARY(forge, m) {
   m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor q, Tensor k)");
   m.def("swiglu(Tensor gate, Tensor up, str activation) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)");
+  m.def(
+      "lora_shrink(Tensor x, Tensor[] lora_a, float[] scaling, float dropout_p, Tensor? dropout_seed) -> Tensor");
+  m.def(
+      "lora_shrink_backward(Tensor ds, Tensor x, int[] ranks, bool[] wide, float dropout_p, Tensor? dropout_seed)"
+      " -> Tensor[]");
+  m.def(
+      "lora_matmul(Tensor x, Tensor s, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] biases,"
+      " float[] scaling, float dropout_p, Tensor? dropout_seed) -> Tensor[]");
+  m.def(
+      "lora_matmul_backward(Tensor[] dys, Tensor s, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b,"
+      " float[] scaling, float dropout_p, Tensor? dropout_seed, bool need_dx, bool need_db)"
+      " -> (Tensor dx, Tensor ds, Tensor[] dbs)");
 }

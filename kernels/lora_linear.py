@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, no_reasons
+from .registry import Op, cpp_reasons, no_reasons
 
 OP = Op("lora_linear")
 
@@ -74,7 +74,7 @@ def lora_linear(
         bias: [out], dtype of x.
         dropout_p: probability in [0, 1) with which an element of x does not reach the adapter.
         dropout_seed: int64 scalar tensor or int, required when dropout_p > 0.
-        backend: "auto" takes "reference".
+        backend: "auto" tries "cpp" (CPU), then "reference".
 
     Returns:
         [..., out], dtype of x; a tuple of them for the grouped form.
@@ -162,4 +162,132 @@ def _checked_seed(dropout_p: float, dropout_seed: Tensor | int | None, device: t
     return dropout_seed
 
 
+def _run_compiled(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    given = []
+    if any(bias is not None for bias in biases):
+        given = [x.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    s = torch.ops.forge.lora_shrink(x, lora_a, scalings, dropout_p, dropout_seed)
+    return tuple(
+        torch.ops.forge.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed)
+    )
+
+
+def _reasons(
+    x: Tensor, weights: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], biases: list[Tensor | None]
+) -> list[str]:
+    return cpp_reasons(x, *weights, *lora_a, *lora_b, *biases)
+
+
+OP.register("cpp", _run_compiled, _reasons)
 OP.register("reference", reference.lora_linear, no_reasons)
+
+
+# The two ops are halves of one function: lora_matmul's backward gives dS' = scaling * dY B where autograd expects the
+# gradient of S, and all of dX; lora_shrink's backward turns dS' into dA and has nothing to add to dX. The reasons are at
+# the top of csrc/cpu/lora_linear.cpp. Neither is public, and neither is right without the other.
+
+
+@torch.library.register_fake("forge::lora_shrink")
+def _fake_shrink(
+    x: Tensor, lora_a: list[Tensor], scaling: list[float], dropout_p: float, dropout_seed: Tensor | None
+) -> Tensor:
+    return x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_a))
+
+
+@torch.library.register_fake("forge::lora_shrink_backward")
+def _fake_shrink_backward(
+    ds: Tensor, x: Tensor, ranks: list[int], wide: list[bool], dropout_p: float, dropout_seed: Tensor | None
+) -> list[Tensor]:
+    return [
+        x.new_empty(rank, x.shape[1], dtype=torch.float32 if is_wide else x.dtype)
+        for rank, is_wide in zip(ranks, wide, strict=True)
+    ]
+
+
+def _setup_shrink(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, lora_a, scaling, ctx.dropout_p, ctx.dropout_seed = inputs
+    ctx.projections = len(scaling)
+    ctx.ranks = [a.shape[0] for a in lora_a]
+    ctx.wide = [a.dtype != x.dtype for a in lora_a]
+    ctx.save_for_backward(x)
+
+
+def _backward_shrink(ctx, ds: Tensor):  # type: ignore[no-untyped-def]
+    das: list[Tensor] | list[None] = [None] * ctx.projections
+    if any(ctx.needs_input_grad[1]):
+        (x,) = ctx.saved_tensors
+        das = torch.ops.forge.lora_shrink_backward(ds, x, ctx.ranks, ctx.wide, ctx.dropout_p, ctx.dropout_seed)
+    return None, das, None, None, None
+
+
+torch.library.register_autograd("forge::lora_shrink", _backward_shrink, setup_context=_setup_shrink)
+
+
+@torch.library.register_fake("forge::lora_matmul")
+def _fake_matmul(
+    x: Tensor,
+    s: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    biases: list[Tensor],
+    scaling: list[float],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+@torch.library.register_fake("forge::lora_matmul_backward")
+def _fake_matmul_backward(
+    dys: list[Tensor],
+    s: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scaling: list[float],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    need_dx: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    dx = s.new_empty((s.shape[0], weights[0].shape[1]) if need_dx else (0,))
+    return dx, torch.empty_like(s), [b.new_empty(b.shape) for b in lora_b] if need_db else []
+
+
+def _setup_matmul(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, ctx.s, ctx.weights, ctx.lora_a, ctx.lora_b, ctx.biases, ctx.scaling, ctx.dropout_p, ctx.dropout_seed = inputs
+    # Attributes, not save_for_backward: a tensor saved here would make the recomputation of a checkpointed block run
+    # this op again just to save it. x is not kept at all; S costs tokens * rank.
+
+
+def _backward_matmul(ctx, dys: list[Tensor]):  # type: ignore[no-untyped-def]
+    need_x, need_s, _, _, need_b, need_bias, *_ = ctx.needs_input_grad
+    dx, ds, dbs = torch.ops.forge.lora_matmul_backward(
+        dys, ctx.s, ctx.weights, ctx.lora_a, ctx.lora_b, ctx.scaling, ctx.dropout_p, ctx.dropout_seed, need_x, any(need_b)
+    )
+    dbiases = [dy.sum(0) if need else None for dy, need in zip(dys, need_bias, strict=False)]
+    none = [None] * len(dys)
+    return (
+        dx if need_x else None,
+        ds if need_s else None,
+        none,
+        none,
+        dbs if any(need_b) else none,
+        dbiases,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("forge::lora_matmul", _backward_matmul, setup_context=_setup_matmul)

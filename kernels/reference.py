@@ -129,7 +129,8 @@ def dropout_factors(shape: tuple[int, ...], p: float, seed: Tensor, stream: int,
     """What dropout multiplies each element by: 0 with probability p, else 1 / (1 - p).
 
     Element e of the flattened tensor takes word e % 4 of Philox4x32-10 (Salmon et al., SC 2011) with the 64-bit `seed`
-    as key and the counter (e // 4 as two words, stream, 0); it is kept when the word is at least round(p * 2^32).
+    as key and the counter (e // 4 as two words, stream, 0); it is kept when the word is at least round(p * 2^32), which
+    counts as 2^32 - 1 at most.
 
     Args:
         shape: of the result.
@@ -153,7 +154,7 @@ def dropout_factors(shape: tuple[int, ...], p: float, seed: Tensor, stream: int,
         (high0, low0), (high2, low2) = multiply(0xD2511F53, c[0]), multiply(0xCD9E8D57, c[2])
         c = [high2 ^ c[1] ^ key[0], low2, high0 ^ c[3] ^ key[1], low0]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    kept = torch.stack(c, dim=1).reshape(-1)[:elements] >= round(p * 2**32)
+    kept = torch.stack(c, dim=1).reshape(-1)[:elements] >= min(round(p * 2**32), low)
     return (kept.to(dtype) / (1 - p)).reshape(shape)
 
 

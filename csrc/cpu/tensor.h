@@ -1,6 +1,7 @@
 // What the ops need of torch, through its stable ABI. Included only where FORGE_ISA_LEVEL == 0.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -62,13 +63,16 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }
 
-// out = beta * out + a @ b.
-inline void addmm_(const Tensor& out, const Tensor& a, const Tensor& b, double beta = 1.0) {
-  std::array<StableIValue, 6> stack{torch::stable::detail::from(out), torch::stable::detail::from(a),
-                                    torch::stable::detail::from(b),   torch::stable::detail::from(beta),
-                                    torch::stable::detail::from(1.0), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+// out = beta * self + alpha * a @ b, alpha applied in float32 before out is rounded. self may be out, or [n].
+inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta = 1.0,
+                      double alpha = 1.0) {
+  // The dispatcher's stable call knows no Scalar arguments; this C function of the same stable surface takes doubles.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+// out = beta * out + alpha * a @ b; with beta 0, out may be uninitialised.
+inline void addmm_(const Tensor& out, const Tensor& a, const Tensor& b, double beta = 1.0, double alpha = 1.0) {
+  addmm_out(out, out, a, b, beta, alpha);
 }
 
 inline Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
