@@ -176,9 +176,7 @@ def _run_compiled(
     if any(bias is not None for bias in biases):
         given = [x.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
     s = torch.ops.forge.lora_shrink(x, lora_a, scalings, dropout_p, dropout_seed)
-    return tuple(
-        torch.ops.forge.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed)
-    )
+    return tuple(torch.ops.forge.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed))
 
 
 def _reasons(
@@ -192,8 +190,8 @@ OP.register("reference", reference.lora_linear, no_reasons)
 
 
 # The two ops are halves of one function: lora_matmul's backward gives dS' = scaling * dY B where autograd expects the
-# gradient of S, and all of dX; lora_shrink's backward turns dS' into dA and has nothing to add to dX. The reasons are at
-# the top of csrc/cpu/lora_linear.cpp. Neither is public, and neither is right without the other.
+# gradient of S, and all of dX; lora_shrink's backward turns dS' into dA and has nothing to add to dX. The reasons are
+# at the top of csrc/cpu/lora_linear.cpp. Neither op is public, and neither is right without the other.
 
 
 @torch.library.register_fake("forge::lora_shrink")
@@ -273,7 +271,16 @@ def _setup_matmul(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward_matmul(ctx, dys: list[Tensor]):  # type: ignore[no-untyped-def]
     need_x, need_s, _, _, need_b, need_bias, *_ = ctx.needs_input_grad
     dx, ds, dbs = torch.ops.forge.lora_matmul_backward(
-        dys, ctx.s, ctx.weights, ctx.lora_a, ctx.lora_b, ctx.scaling, ctx.dropout_p, ctx.dropout_seed, need_x, any(need_b)
+        dys,
+        ctx.s,
+        ctx.weights,
+        ctx.lora_a,
+        ctx.lora_b,
+        ctx.scaling,
+        ctx.dropout_p,
+        ctx.dropout_seed,
+        need_x,
+        any(need_b),
     )
     dbiases = [dy.sum(0) if need else None for dy, need in zip(dys, need_bias, strict=False)]
     none = [None] * len(dys)

@@ -293,6 +293,15 @@ Tensors lora_shrink_backward(const Tensor& ds_any, const Tensor& x_any, const st
   Tensor dropped = dropout.active ? torch::stable::empty_like(x) : x;
   Tensors das;
   int64_t start = 0;
+  if (!dropout.active && wide == std::vector<bool>(wide.size(), wide[0])) {
+    const Tensor all = transposed_product(ds, x, 1.0, wide[0] ? ScalarType::Float : x.scalar_type());
+    if (ranks.size() == 1) return {all};
+    for (const int64_t rank : ranks) {
+      das.push_back(torch::stable::clone(rows_of(all, start, rank)));
+      start += rank;
+    }
+    return das;
+  }
   for (size_t i = 0; i < ranks.size(); ++i) {
     if (dropout.active) dropout.apply(x, dropped, static_cast<int64_t>(i), false);
     das.push_back(transposed_product(columns_of(ds, start, ranks[i]), dropped, dropout.factor(),
