@@ -6,6 +6,7 @@ if __name__ == "forge_core.kernels":
     from .linear_token_logprobs import linear_token_logprobs
     from .lora_linear import lora_linear
     from .pack import PackPlan, TokenMixer, pack_sequences
+    from .packed_attention import packed_attention
     from .registry import available_backends
     from .rms_norm import rms_norm
     from .rope import rope
@@ -20,6 +21,7 @@ __all__ = [
     "linear_token_logprobs",
     "lora_linear",
     "pack_sequences",
+    "packed_attention",
     "rms_norm",
     "rope",
     "swiglu",

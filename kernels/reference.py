@@ -5,6 +5,7 @@ at the end.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -183,3 +184,46 @@ def lora_linear(
         y = wide @ weight.to(wide.dtype).T + s @ rounded(b).T
         outputs.append((y if bias is None else y + bias.to(wide.dtype)).to(x.dtype))
     return tuple(outputs)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """`softmax(mask(cap(scale * q k^T))) v` inside each document, one document at a time."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > q.shape[0] or any(begin > end for begin, end in pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens: got {bounds}, expected offsets that start at 0, never decrease and end at most at "
+            f"{q.shape[0]}, the number of tokens"
+        )
+    outputs = []
+    # The extra empty document keeps the result differentiable when there is no other.
+    for begin, end in pairwise([0, *bounds]):
+        document = (x[begin:end].to(compute_dtype(q)) for x in (q, k, v))
+        outputs.append(_attend(*document, causal, window, softcap, scale).to(q.dtype))
+    outputs.append(torch.zeros_like(q[bounds[-1] :]))
+    return torch.cat(outputs)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, scale: float
+) -> Tensor:
+    length, heads, d = q.shape
+    # Query head h reads key/value head h // group.
+    grouped = q.view(length, k.shape[1], heads // k.shape[1], d)
+    logits = torch.einsum("ihgd,jhd->hgij", grouped, k) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | (distance.abs() >= window)
+    probabilities = torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)
+    return torch.einsum("hgij,jhd->ihgd", probabilities, v).reshape(length, heads, d)

@@ -1,0 +1,84 @@
+"""Attention inside the documents of a pack."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .registry import Op, no_reasons
+
+OP = Op("packed_attention")
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    plan: object | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of each token to the tokens of its own document in a pack of several.
+
+    `softmax(mask(cap(scale * q k^T))) v` (Vaswani et al., arXiv 1706.03762, equation 1), in float32 (float64 for
+    float64 inputs). Query head h reads key/value head `h // (q_heads / kv_heads)` (grouped queries, arXiv 2305.13245).
+
+    Args:
+        q: [tokens, q_heads, d], float32, bfloat16, float16 or float64; any strides of tokens and heads.
+        k: [tokens, kv_heads, d], dtype of q; q_heads is a multiple of kv_heads.
+        v: [tokens, kv_heads, d], dtype of q.
+        cu_seqlens: int32 [documents + 1]: document i is rows `cu_seqlens[i]:cu_seqlens[i + 1]`. Starts at 0 and never
+            decreases; empty documents are legal. Rows from `cu_seqlens[-1]` on are never read and come back zero, with
+            zero gradients.
+        plan: PackPlan of these cu_seqlens, made once per pack; without it the op makes its own list of tiles.
+        causal: query i of a document sees keys j <= i; otherwise all of them.
+        window: query i sees only keys with i - window < j <= i (causal) or |i - j| < window; >= 1.
+        softcap: logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2, arXiv 2408.00118); > 0.
+        scale: factor of q k^T; default `d ** -0.5`.
+        backend: "auto" takes "reference".
+
+    Returns:
+        [tokens, q_heads, d], dtype of q.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, cu_seqlens is not as described, window or softcap is out of range, or
+            the named backend cannot take the inputs.
+    """
+    _check_tensors(q, k, v, cu_seqlens)
+    if window is not None and window < 1:
+        raise ValueError(f"window: got {window}, expected at least 1 (a query always sees its own key), or None")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    inputs = (q, k, v, cu_seqlens, causal, window, softcap, scale)
+    return OP.select(backend, q, k, v)(*inputs)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+    if q.dim() != 3 or q.shape[1] == 0 or q.shape[2] == 0:
+        raise ValueError(f"q: got shape {list(q.shape)}, expected [tokens, q_heads, d]")
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2] or x.shape[1] == 0:
+            raise ValueError(
+                f"{name}: got shape {list(x.shape)}, expected [tokens, kv_heads, d] with tokens and d of q, "
+                f"{list(q.shape)}"
+            )
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: got {x.dtype}, expected the dtype of q, {q.dtype}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: got shape {list(v.shape)}, expected the shape of k, {list(k.shape)}")
+    if q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"k: got {k.shape[1]} heads, expected a divisor of the {q.shape[1]} heads of q")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}, expected int32 [documents + 1]"
+        )
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens: got a tensor on {cu_seqlens.device}, expected the device of q, {q.device}")
+
+
+OP.register("reference", reference.packed_attention, no_reasons)
