@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from forge_core.model import CausalLM, LoraConfig, ModelConfig, adapter_parameters, add_lora, load_model
+from forge_core.model.layers import Embedding
 
 from .tiny import SIZES, VARIANTS, documents, relative_error, save_peer, transformers_logits
 
@@ -31,6 +33,15 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path: Path) -> N
     assert model.lm_head_weight.dtype == torch.bfloat16
     theirs = relative_error(transformers_logits(exact.to(torch.bfloat16), input_ids, cu_seqlens), expected)
     assert relative_error(model.logits(model(input_ids, cu_seqlens)), expected) <= 1.25 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_embeddings_are_scaled_as_transformers_rounds_the_factor(dtype: torch.dtype) -> None:
+    factor, input_ids = 1152**0.5, torch.arange(50)  # not exact in bfloat16
+    theirs = Gemma3TextScaledWordEmbedding(50, 8, padding_idx=0, embed_scale=factor).to(dtype)
+    ours = Embedding(50, 8, scale=factor).to(dtype)
+    ours.weight.data.copy_(theirs.weight)
+    assert torch.equal(ours(input_ids), theirs(input_ids))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

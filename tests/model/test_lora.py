@@ -25,9 +25,12 @@ PACK = documents(11, 0, 6)
 
 def tiny_model(dtype: torch.dtype = torch.float32, **changes: Any) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM(
-        ModelConfig.from_dict({**SIZES, "model_type": "qwen2", "num_hidden_layers": 2, **changes}), dtype=dtype
-    )
+    config = ModelConfig.from_dict({**SIZES, "model_type": "qwen2", "num_hidden_layers": 2, **changes})
+    model = CausalLM(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 def with_adapters(config: LoraConfig, dtype: torch.dtype = torch.float32, **changes: Any) -> CausalLM:
@@ -69,7 +72,7 @@ def test_the_seed_decides_the_start() -> None:
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["layers.1.mlp.up_proj"]])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["layers.1.mlp.up_proj", "k_proj"]])
 def test_adapters_add_the_scaled_product(targets: Any, use_rslora: bool) -> None:
     config = LoraConfig(rank=4, alpha=6, target_modules=targets, use_rslora=use_rslora)
     model = with_adapters(config, torch.float64)
