@@ -48,6 +48,7 @@ RecipePath = Annotated[Path, AfterValidator(_absolute)]
 Columns = dict[str, str] | None
 RowKind = Literal["auto", "conversation", "text"]
 
+_MAX_STEPS = 100
 _OURS = "ours"
 _NOVA2 = "Nova 2 Lite SFT recipe"
 _NOVA1 = "Nova 1 SFT LoRA recipe"
@@ -191,7 +192,7 @@ class DataOptions(_Options):
 class TrainingOptions(_Options):
     """Steps, batch, learning rate, optimizer, checkpoints."""
 
-    max_steps: int = _option(100, "optimizer steps; 5 is the cheap rehearsal", source=_NOVA2, ge=1)
+    max_steps: int = _option(_MAX_STEPS, "optimizer steps; 5 is the cheap rehearsal", source=_NOVA2, ge=1)
     packs_per_step: int = _option(
         ...,
         "global batch: packs of max_length tokens per step",
@@ -228,14 +229,9 @@ class TrainingOptions(_Options):
     log_steps: int = _option(1, "steps between lines in metrics.jsonl; each costs one wait for the device", ge=1)
 
     @model_validator(mode="after")
-    def _check_schedule(self) -> Self:
+    def _check_rates(self) -> Self:
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr: got {self.min_lr:g}, above learning_rate {self.learning_rate:g}; lower it")
-        if self.warmup_steps + self.constant_steps > self.max_steps:
-            raise ValueError(
-                f"warmup_steps: {self.warmup_steps} and constant_steps {self.constant_steps} together exceed max_steps "
-                f"{self.max_steps}; shorten them"
-            )
         return self
 
 
@@ -304,11 +300,11 @@ class Recipe(_Options):
             return handler(data)
         training, evaluation = _as_dict(data.get("training")), _as_dict(data.get("evaluation"))
         filled = dict(data)
-        steps = 1
+        steps: float = _MAX_STEPS
         if training is not None:
             full_rank = "lora" in data and data["lora"] is None
             filled["training"] = _training_defaults(data.get("technique"), full_rank, training)
-            steps = filled["training"]["max_steps"]
+            steps = _number(training.get("max_steps"), _MAX_STEPS)
         if evaluation is not None:
             filled["evaluation"] = {"every": steps, **_without_none(evaluation)}
         recipe = handler(filled)
@@ -365,14 +361,19 @@ def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
+def _number(value: Any, default: float) -> float:
+    """The number a value will be read as; a value that is none is reported by the validation that follows."""
+    try:
+        return default if value is None else float(value)
+    except (TypeError, ValueError):
+        return default
+
+
 def _training_defaults(technique: Any, full_rank: bool, given: dict[str, Any]) -> dict[str, Any]:
     """Fill in the options whose default depends on the technique, the rank or the number of steps."""
     given = _without_none(given)
-    try:
-        steps = int(given.get("max_steps", 100))
-        rate = float(given.get("learning_rate", 5e-6 if technique == "sft" and full_rank else 1e-5))
-    except (TypeError, ValueError):
-        steps, rate = 100, 1e-5  # these values are reported by the validation that follows
+    steps = int(_number(given.get("max_steps"), _MAX_STEPS))
+    rate = _number(given.get("learning_rate"), 5e-6 if technique == "sft" and full_rank else 1e-5)
     cpt = technique == "cpt"
     return {
         "max_steps": steps,

@@ -95,6 +95,12 @@ def _recipe_warnings(recipe: Recipe, config: ModelConfig) -> list[str]:
             f"training.learning_rate is left at its default {recipe.training.learning_rate:g} while mixing: it is "
             "calibrated without a mix, and this is the most common mistake. Try a few values and state one"
         )
+    steps = recipe.training.warmup_steps + recipe.training.constant_steps
+    if steps > recipe.training.max_steps:
+        warnings.append(
+            f"training.warmup_steps {recipe.training.warmup_steps} and constant_steps {recipe.training.constant_steps} "
+            f"exceed max_steps {recipe.training.max_steps}: the learning rate never decays. Fine for a rehearsal only"
+        )
     categories = {s.category for s in recipe.data.general if s.percent > 0}
     if mixes and recipe.technique == "sft" and _INSTRUCTION_CATEGORY not in categories:
         warnings.append(

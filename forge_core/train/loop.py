@@ -200,7 +200,7 @@ class _Trainer:
             normalizer=normalizer,
             softcap=self.model.logit_softcap,
         )
-        loss.loss.backward()  # type: ignore[no-untyped-call]
+        loss.loss.backward()
         return loss
 
     def _metrics_line(self, values: dict[str, Any], tokens_per_second: float) -> dict[str, Any]:
@@ -242,6 +242,7 @@ class _Trainer:
                 atomic.write_text(file, "\n".join(lines) + "\n")
         self.metrics.write({"step": self.step, "evaluation": numbers})
         self.evaluations[self.step] = numbers
+        self.monitor.working_on(None)
         self.monitor.say(f"step {self.step}  {describe(numbers)}")
         if on_evaluation:
             on_evaluation(self.step, results)
@@ -265,6 +266,7 @@ class _Trainer:
         save_checkpoint(
             self.recipe.output_dir, self.model, self.optimizer, state, keep=self.recipe.training.keep_checkpoints
         )
+        self.monitor.working_on(None)
 
     def _finish(self) -> TrainResult:
         folder = self.recipe.output_dir

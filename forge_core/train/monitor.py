@@ -33,6 +33,7 @@ class Monitor:
             console=console,
             disable=not console.is_terminal,
         )
+        self._text = ""
         self._task: TaskID = self._progress.add_task("train", total=total, completed=done, text="")
 
     def __enter__(self) -> Self:
@@ -49,7 +50,7 @@ class Monitor:
         per_source = "  ".join(
             f"{name} {values['loss']:.3f}" for name, values in line["sources"].items() if values["loss"] is not None
         )
-        text = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {per_source}"
+        self._text = text = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {per_source}"
         self._progress.update(self._task, completed=line["step"], text=escape(text))
         if not self._console.is_terminal and (line["step"] >= self._next_plain or line["step"] == self._total):
             self._next_plain = line["step"] + max(1, self._total // _PLAIN_LINES)
@@ -59,9 +60,9 @@ class Monitor:
         """Print a line above the bar."""
         self._console.print(escape(text), style=style, soft_wrap=True, highlight=False)
 
-    def working_on(self, what: str) -> None:
-        """Say in the bar what the run does between steps."""
-        self._progress.update(self._task, text=escape(what))
+    def working_on(self, what: str | None) -> None:
+        """Say in the bar what the run does between steps; None: it trains again."""
+        self._progress.update(self._task, text=escape(self._text if what is None else what))
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,0 +1,114 @@
+"""MasterAdamW against torch's AdamW in float64, its groups, its float32 masters and its state."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from forge_core.train import MasterAdamW
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    shapes = {"q.lora_A.weight": (3, 8), "q.lora_B.weight": (8, 3), "norm.weight": (8,)}
+    return {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+
+
+def gradients(step: int, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in like.items()}
+
+
+def feed(named: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    sum((p * values[name].to(p.dtype)).sum().float() for name, p in named.items()).backward()  # type: ignore[union-attr]
+
+
+def test_equals_torch_with_groups_and_clipping() -> None:
+    ours, theirs = parameters(), parameters(torch.float64)
+    optimizer = MasterAdamW(ours, weight_decay=0.1, max_grad_norm=0.5, lora_plus_ratio=4.0)
+    a, b, norm_weight = theirs.values()
+    peer = torch.optim.AdamW(
+        [
+            {"params": [a], "lr": 1e-2, "weight_decay": 0.1},
+            {"params": [b], "lr": 4e-2, "weight_decay": 0.1},
+            {"params": [norm_weight], "lr": 1e-2, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step in range(5):
+        feed(ours, gradients(step, ours))
+        feed(theirs, {name: g.double() for name, g in gradients(step, ours).items()})
+        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5)
+        norm = optimizer.step(1e-2)
+        peer.step()
+        peer.zero_grad()
+        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.double(), theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_learns_below_its_own_resolution() -> None:
+    # A step of 1e-4 is lost on a bfloat16 weight near 1, where the spacing is 2^-7; the master keeps it.
+    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"w": weight}, max_grad_norm=1e9)
+    for _ in range(200):
+        weight.sum().backward()
+        optimizer.step(1e-4)
+    assert optimizer.state_tensors()["master.w"].allclose(torch.full((4, 4), 0.98), atol=1e-4)
+    assert weight.float().allclose(torch.full((4, 4), 0.98), atol=2**-8)
+
+
+def test_bfloat16_gradients_are_summed_in_float32() -> None:
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"w": weight}, max_grad_norm=1e9)
+    for gradient in (256.0, *[0.5] * 8):  # in bfloat16 each 0.5 would vanish against 256
+        (weight * gradient).sum().backward()
+    assert weight.grad is None
+    assert float(optimizer.step(1e-3)) == 260.0
+
+
+def test_tied_gradients_of_a_pack_are_taken_once() -> None:
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"w": weight}, max_grad_norm=1e9)
+    (weight * 2 + weight * 3).sum().backward()
+    assert float(optimizer.step(1e-3)) == 5.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+    straight = parameters(dtype)
+    first = MasterAdamW(straight, weight_decay=0.1, lora_plus_ratio=4.0)
+    for step in range(3):
+        feed(straight, gradients(step, straight))
+        first.step(1e-2)
+    again = {name: nn.Parameter(p.detach().clone()) for name, p in straight.items()}
+    second = MasterAdamW(again, weight_decay=0.1, lora_plus_ratio=4.0)
+    second.load_state_tensors({name: t.clone() for name, t in first.state_tensors().items()})
+    for step in range(3, 6):
+        for named, optimizer in ((straight, first), (again, second)):
+            feed(named, gradients(step, named))
+            optimizer.step(1e-2)
+    for name, parameter in straight.items():
+        assert torch.equal(parameter, again[name]), name
+
+
+def test_state_of_another_model_is_refused() -> None:
+    source = parameters()
+    optimizer = MasterAdamW(source)
+    feed(source, gradients(0, source))
+    optimizer.step(1e-2)
+    state = optimizer.state_tensors()
+    renamed = MasterAdamW({"other": nn.Parameter(torch.zeros(3, 8))})
+    with pytest.raises(ValueError, match=r"belongs to other parameters: exp_avg.norm.weight"):
+        renamed.load_state_tensors(state)
+    smaller = MasterAdamW({"norm.weight": nn.Parameter(torch.zeros(4))})
+    with pytest.raises(ValueError, match=r"exp_avg.norm.weight \[8\] \(expected \[4\]\)"):
+        smaller.load_state_tensors({k: v for k, v in state.items() if "norm" in k})
+    low = MasterAdamW({"w": nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))})
+    with pytest.raises(ValueError, match=r"1 missing"):
+        low.load_state_tensors({})
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        MasterAdamW({"w": nn.Parameter(torch.zeros(1), requires_grad=False)})
