@@ -73,7 +73,7 @@ class Facts:
     wall_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_arm(name: str, metrics: Path, *, domain_source: str, wall_seconds: float) -> Arm:
+def read_arm(name: str, metrics: Path, *, domain_source: str, wall_seconds: float, base: Results | None = None) -> Arm:
     """Read a run's metrics.jsonl.
 
     Args:
@@ -81,12 +81,14 @@ def read_arm(name: str, metrics: Path, *, domain_source: str, wall_seconds: floa
         metrics: the file.
         domain_source: name of the domain data in the recipe.
         wall_seconds: of the whole run.
+        base: results of the base where the run did not measure it itself.
 
     Raises:
         ValueError: the file holds no evaluation of the base, or no training step.
     """
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    evaluations = {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
+    evaluations = {} if base is None else {0: base}
+    evaluations |= {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
     steps = [line for line in lines if "sources" in line]
     if 0 not in evaluations or not steps:
         raise ValueError(
