@@ -62,6 +62,17 @@ def test_stops_cut_and_make_room(tmp_path: Path) -> None:
     assert model.generate([], max_new_tokens=3) == []
 
 
+def test_of_two_stops_that_match_the_longer_is_cut_off(tmp_path: Path) -> None:
+    save_peer(tmp_path, "llama")
+    model = load_model(tmp_path, dtype=torch.float32)
+    prompt = prompts()[1]
+    tokens = model.generate([prompt], max_new_tokens=NEW)[0]
+    end = next(i for i in range(1, NEW) if tokens[i] not in tokens[:i])
+    assert model.generate([prompt], max_new_tokens=NEW, stop=[tokens[end], tokens[end - 1 : end + 1]]) == [
+        tokens[: end - 1]
+    ]
+
+
 def test_a_stop_sequence_inside_the_prompt_does_not_count(tmp_path: Path) -> None:
     save_peer(tmp_path, "llama")
     model = load_model(tmp_path, dtype=torch.float32)
