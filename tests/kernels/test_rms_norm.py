@@ -1,7 +1,7 @@
 import pytest
 import torch
-from forge_core.kernels import reference, rms_norm
 
+from forge_core.kernels import reference, rms_norm
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
