@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from forge_core.kernels import reference, rms_norm
+from forge_core.kernels import library, reference, rms_norm
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -90,3 +90,47 @@ def test_errors_name_the_argument() -> None:
         rms_norm(torch.ones(2, 4).double(), torch.ones(4).double(), backend="cpp")
     with pytest.raises(ValueError, match="backend: got 'magic', expected 'auto' or one of"):
         rms_norm(torch.ones(2, 4), torch.ones(4), backend="magic")
+
+
+# On the GPU: one row, odd sizes, rows of a warp and of a block, of one, two and four packs a thread, too long to keep
+# in registers, more rows than partial sums of dweight, no rows at all.
+GPU_SHAPES = [(1, 1), (3, 7), (5, 17), (3000, 128), (600, 576), (40, 4096), (9, 8192), (3, 20000), (5, 40000), (0, 8)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not library.cuda_library_loaded(), reason=library.CUDA_LIBRARY_MISSING)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_cuda_matches_reference(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> None:
+    def on_gpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = x.cuda()
+        if not aligned:  # starts one element into its storage: no 16-byte loads
+            x = torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(shape)
+        return rms_norm(x, weight.cuda(), eps=1e-5, weight_offset=1.0, backend="cuda").cpu()
+
+    check_op(on_gpu, lambda x, w: reference.rms_norm(x, w, 1e-5, 1.0), _inputs(shape, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not library.cuda_library_loaded(), reason=library.CUDA_LIBRARY_MISSING)
+def test_cuda_uses_the_current_stream_and_is_repeatable() -> None:
+    x, weight = (t.detach().cuda().requires_grad_() for t in _inputs((20000, 1024), torch.bfloat16))
+    expected = torch.autograd.grad(rms_norm(x, weight, backend="cuda").float().square().sum(), (x, weight))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # work on another stream would read copies that are not made yet
+        xs, weights = (t.detach().clone().requires_grad_() for t in (x, weight))
+        actual = torch.autograd.grad(rms_norm(xs, weights, backend="cuda").float().square().sum(), (xs, weights))
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not library.cuda_library_loaded(), reason=library.CUDA_LIBRARY_MISSING)
+def test_cuda_opcheck() -> None:
+    x, weight = (t.detach().cuda() for t in _inputs((5, 8), torch.float32))
+    torch.library.opcheck(torch.ops.forge.rms_norm.default, (x.requires_grad_(), weight.requires_grad_(), 1e-6, 0.0))
+    arguments = (x.detach(), x.detach(), weight.detach(), torch.rand(5, device="cuda"), 0.0, True)
+    torch.library.opcheck(torch.ops.forge.rms_norm_backward.default, arguments)
