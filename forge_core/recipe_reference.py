@@ -14,7 +14,8 @@ _HEAD = """# The recipe
 
 A run is one YAML file. Unknown keys are errors that suggest the nearest valid one; relative paths are relative to the
 recipe file; `lora: null` trains at full rank. On the command line every option can be changed with `a.b=value` (list
-items by index, `data.customer.0.path=other.jsonl`); `training.max_steps=5` is the cheap rehearsal. This page is
+items by index, `data.customer.0.path=other.jsonl`); `training.max_steps=5` is the cheap rehearsal: the first
+steps of the run, in minutes (the run itself then takes `--overwrite`, or another `output_dir`). This page is
 generated from `forge_core/recipe.py`.
 
 ```yaml

@@ -139,8 +139,12 @@ def test_a_finished_run_is_not_overwritten_by_chance(world: Path, tmp_path: Path
 
 def test_one_process_per_folder(world: Path, tmp_path: Path) -> None:
     options = recipe(world, tmp_path, max_steps=1)
+
+    def train_again(line: dict[str, Any]) -> None:
+        train(options, resume=True, console=QUIET)
+
     with pytest.raises(ResumeError, match="another process trains in"):
-        train(options, console=QUIET, on_step=lambda line: train(options, resume=True, console=QUIET) and None)
+        train(options, console=QUIET, on_step=train_again)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_names_the_samples(world: Path, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_log_windows_do_not_depend_on_the_interruption(world: Path, tmp_path: Pa
 
     with pytest.raises(Interrupted):
         train(options[1], console=QUIET, on_step=interrupt)
+    assert [path.name for path in checkpoint_paths(folders[1])] == ["step-00000002"]
     train(options[1], resume=True, console=QUIET)
     assert outcome(folders[1]) == outcome(folders[0])
 
