@@ -263,7 +263,29 @@ class CausalLM(nn.Module):
         stop: Sequence[int | Sequence[int]] = (),
         batch_size: int = 64,
     ) -> list[list[int]]:
-        """Continue each prompt; see `forge_core.model.generate.generate`."""
+        """Continue each prompt with up to `max_new_tokens` tokens.
+
+        Adapters act unless they are disabled; dropout is off. Sequences that end make room for waiting prompts; only
+        running ones are computed. Prompt i draws from its own stream of random numbers, a function of (seed, i): its
+        result does not depend on its neighbours, up to rounding.
+
+        Args:
+            prompts: token ids, each at least one.
+            max_new_tokens: at least 1.
+            temperature: 0 is greedy (the most probable token, the first of equals).
+            top_p: smallest set of most probable tokens with this mass, in (0, 1].
+            top_k: only this many most probable tokens; 0 for all.
+            seed: of the draws.
+            stop: token ids, and sequences of ids, that end a sequence; not part of the result.
+            batch_size: sequences computed at once.
+
+        Returns:
+            The new tokens of each prompt, without the stop.
+
+        Raises:
+            ValueError: an argument is out of range, or a prompt is empty, holds ids outside the vocabulary or would
+                grow past the model's `max_position_embeddings`.
+        """
         from .generate import generate
 
         return generate(

@@ -41,29 +41,7 @@ def generate(
     stop: Sequence[int | Sequence[int]] = (),
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """Continue each prompt with up to `max_new_tokens` tokens.
-
-    Sequences that end make room for waiting prompts; only running ones are computed. Prompt i draws from its own stream
-    of random numbers, a function of (seed, i): a result does not depend on its neighbours, up to rounding.
-
-    Args:
-        model: adapters act unless disabled or merged; dropout is off.
-        prompts: token ids, each at least one.
-        max_new_tokens: at least 1.
-        temperature: 0 is greedy (the most probable token, the first of equals).
-        top_p: smallest set of most probable tokens with this mass, in (0, 1].
-        top_k: only this many most probable tokens; 0 for all.
-        seed: of the draws.
-        stop: token ids, and sequences of ids, that end a sequence; not part of the result.
-        batch_size: sequences computed at once.
-
-    Returns:
-        The new tokens of each prompt, without the stop.
-
-    Raises:
-        ValueError: an argument is out of range; a prompt is empty, holds ids outside the vocabulary, or would grow past
-            the model's `max_position_embeddings`.
-    """
+    """Continue each prompt; arguments, result and errors are those of `CausalLM.generate`, the public name."""
     stops = _stop_sequences(stop)
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
     waiting = iter(range(len(prompts)))
@@ -171,7 +149,7 @@ def _uniforms(seed: int, index: int, count: int, temperature: float) -> np.ndarr
 
 def _stop_sequences(stop: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
     """Stops as sequences, longest first, so that the longest match is the one cut off."""
-    sequences = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in stop]
+    sequences = [tuple(entry) if isinstance(entry, Sequence) else (int(entry),) for entry in stop]
     if not all(sequences):
         raise ValueError("stop: got an empty sequence; expected token ids and sequences of at least one id")
     return sorted(sequences, key=len, reverse=True)
