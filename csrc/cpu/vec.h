@@ -48,7 +48,8 @@ inline bf16 from_float<bf16>(float x) {
 // Results below 2^-126 are flushed to zero; above the largest float the result is +inf; exp(NaN) is NaN.
 inline float exp_approx(float x) {
   const float clamped = x < -88.0f ? -88.0f : (x > 88.8f ? 88.8f : x);
-  const float n = static_cast<float>(static_cast<int32_t>(clamped * 1.44269504088896341f + (clamped < 0 ? -0.5f : 0.5f)));
+  // Nearest integer: at 1.5 * 2^23 the spacing of floats is one.
+  const float n = (clamped * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
   // ln(2) split in two so that n * ln(2) loses nothing: 0.693359375 has 10 significant bits.
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440054690583e-4f;
   float p = 1.0f / 5040.0f;
@@ -66,8 +67,14 @@ inline float exp_approx(float x) {
   float low, high;
   std::memcpy(&low, &low_bits, sizeof(low));
   std::memcpy(&high, &high_bits, sizeof(high));
-  const float value = p * low * high;
-  return x != x ? x : (x < -88.0f ? 0.0f : value);
+  // Flushed with a bit mask: a conditional would let the compiler jump over the polynomial, and a loop with a jump does
+  // not become vector code. NaN comes through p.
+  float value = p * low * high;
+  uint32_t value_bits;
+  std::memcpy(&value_bits, &value, sizeof(value_bits));
+  value_bits &= 0u - static_cast<uint32_t>(!(x < -88.0f));
+  std::memcpy(&value, &value_bits, sizeof(value));
+  return value;
 }
 
 }  // namespace FORGE_ISA
