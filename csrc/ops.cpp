@@ -22,4 +22,17 @@ STABLE_TORCH_LIBRARY(forge, m) {
       "lora_matmul_backward(Tensor[] dys, Tensor s, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b,"
       " float[] scaling, float dropout_p, Tensor? dropout_seed, bool need_dx, bool need_db)"
       " -> (Tensor dx, Tensor ds, Tensor[] dbs)");
+  m.def(
+      "weighted_linear_cross_entropy(Tensor hidden, Tensor lm_head, Tensor targets, Tensor? token_weights,"
+      " Tensor? source_ids, int num_sources, Tensor? normalizer, int ignore_index, float softcap, float z_loss,"
+      " float label_smoothing, bool need_dhidden, bool need_dhead)"
+      " -> (Tensor loss, Tensor weighted_nll, Tensor weight_sum, Tensor token_count, Tensor correct, Tensor dhidden,"
+      " Tensor dhead)");
+  m.def(
+      "linear_token_logprobs(Tensor hidden, Tensor lm_head, Tensor targets, float temperature, float softcap,"
+      " int ignore_index) -> (Tensor logprob, Tensor entropy, Tensor softmax)");
+  m.def(
+      "linear_token_logprobs_backward(Tensor dlogprob, Tensor dentropy, Tensor hidden, Tensor lm_head, Tensor targets,"
+      " Tensor entropy, Tensor softmax, float temperature, float softcap, int ignore_index, bool need_dhidden,"
+      " bool need_dhead) -> (Tensor dhidden, Tensor dhead)");
 }

@@ -2,11 +2,12 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, no_reasons
-from .weighted_linear_cross_entropy import check_linear_head
+from .registry import Op, cpp_reasons, no_reasons
+from .weighted_linear_cross_entropy import check_linear_head, fake_gradients, refuse_double_backward
 
 OP = Op("linear_token_logprobs")
 
@@ -34,7 +35,7 @@ def linear_token_logprobs(
         temperature: > 0; divides the logits.
         softcap: c > 0 of the logits' softcap, None for no softcap.
         ignore_index: rows with this target cost no matmul, give 0 twice and get zero gradients.
-        backend: "auto" tries "reference".
+        backend: "auto" tries "cpp" (CPU; chunks of rows, no full logits), then "reference".
 
     Returns:
         logprob float32 [tokens] in nats, entropy float32 [tokens] in nats.
@@ -50,4 +51,64 @@ def linear_token_logprobs(
     return run(hidden, lm_head, targets, temperature, softcap, ignore_index)
 
 
+def _run_compiled(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, softcap: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.forge.linear_token_logprobs(hidden, lm_head, targets, temperature, softcap or 0.0, ignore_index)[
+        :2
+    ]
+
+
+OP.register("cpp", _run_compiled, cpp_reasons)
 OP.register("reference", reference.linear_token_logprobs, no_reasons)
+
+
+@torch.library.register_fake("forge::linear_token_logprobs")
+def _fake(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, softcap: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprob, entropy = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+    return logprob, entropy, hidden.new_empty((2, hidden.shape[0]), dtype=torch.float32)  # row maxima, log of sums
+
+
+@torch.library.register_fake("forge::linear_token_logprobs_backward")
+def _fake_backward(
+    dlogprob: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    softmax: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    need_dhidden: bool,
+    need_dhead: bool,
+) -> tuple[Tensor, Tensor]:
+    return fake_gradients(hidden, lm_head, need_dhidden, need_dhead)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, lm_head, targets, ctx.temperature, ctx.softcap, ctx.ignore_index = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(hidden, lm_head, targets, output[1], output[2])
+
+
+def _backward(ctx, dlogprob: Tensor, dentropy: Tensor, _dsoftmax: Tensor):  # type: ignore[no-untyped-def]
+    refuse_double_backward("linear_token_logprobs")
+    need_dhidden, need_dhead = ctx.needs_input_grad[:2]
+    dhidden, dhead = torch.ops.forge.linear_token_logprobs_backward(
+        dlogprob,
+        dentropy,
+        *ctx.saved_tensors,
+        ctx.temperature,
+        ctx.softcap,
+        ctx.ignore_index,
+        need_dhidden,
+        need_dhead,
+    )
+    return dhidden if need_dhidden else None, dhead if need_dhead else None, None, None, None, None
+
+
+torch.library.register_autograd("forge::linear_token_logprobs", _backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, no_reasons
+from .registry import Op, cpp_reasons, no_reasons
 
 OP = Op("weighted_linear_cross_entropy")
 
@@ -49,6 +49,7 @@ def weighted_linear_cross_entropy(
     e is `label_smoothing` as in torch.nn.functional.cross_entropy (Szegedy et al., arXiv 1512.00567), the z-loss that
     of PaLM (arXiv 2204.02311). Computed in float32 (float64 for float64 inputs). Rows that are ignored or have weight
     zero do not reach any matmul and get zero gradients. Differentiable once.
+    "cpp" computes the gradients together with the loss, so call it under no_grad where they are not wanted.
 
     Args:
         hidden: [tokens, hidden], after the final norm.
@@ -64,7 +65,7 @@ def weighted_linear_cross_entropy(
         softcap: c > 0 of the logits' softcap, None for no softcap.
         z_loss: factor of the squared logsumexp, >= 0.
         label_smoothing: e, 0 <= e <= 1.
-        backend: "auto" tries "reference".
+        backend: "auto" tries "cpp" (CPU; one pass over chunks of rows, no full logits), then "reference".
 
     Returns:
         MixingLoss: the loss (float32) and the statistics per source.
@@ -141,4 +142,90 @@ def _normalizer_tensor(normalizer: Tensor | float | None, hidden: Tensor) -> Ten
     return normalizer
 
 
+def _run_compiled(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    source_ids: Tensor | None,
+    num_sources: int,
+    normalizer: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    grad = torch.is_grad_enabled()
+    return torch.ops.forge.weighted_linear_cross_entropy(
+        hidden,
+        lm_head,
+        targets,
+        token_weights,
+        source_ids,
+        num_sources,
+        normalizer,
+        ignore_index,
+        softcap or 0.0,
+        z_loss,
+        label_smoothing,
+        grad and hidden.requires_grad,
+        grad and lm_head.requires_grad,
+    )[:5]
+
+
+OP.register("cpp", _run_compiled, cpp_reasons)
 OP.register("reference", reference.weighted_linear_cross_entropy, no_reasons)
+
+
+@torch.library.register_fake("forge::weighted_linear_cross_entropy")
+def _fake(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None,
+    source_ids: Tensor | None,
+    num_sources: int,
+    normalizer: Tensor | None,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    need_dhidden: bool,
+    need_dhead: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(num_sources, dtype=torch.float32),
+        hidden.new_empty(num_sources, dtype=torch.float32),
+        hidden.new_empty(num_sources, dtype=torch.int64),
+        hidden.new_empty(num_sources, dtype=torch.int64),
+        *fake_gradients(hidden, lm_head, need_dhidden, need_dhead),
+    )
+
+
+def fake_gradients(hidden: Tensor, lm_head: Tensor, need_dhidden: bool, need_dhead: bool) -> tuple[Tensor, Tensor]:
+    """Shapes of dhidden and dhead, empty where they are not asked for."""
+    return hidden.new_empty(hidden.shape if need_dhidden else (0,)), lm_head.new_empty(
+        lm_head.shape if need_dhead else (0,)
+    )
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raises instead of returning second derivatives that leave out the op's own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: got a backward with create_graph=True, expected a first derivative only")
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[5], output[6])
+    ctx.needs = inputs[11:]
+
+
+def _backward(ctx, dloss: Tensor, *_):  # type: ignore[no-untyped-def]
+    refuse_double_backward("weighted_linear_cross_entropy")
+    gradients = [g * dloss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    return *gradients, *[None] * 11
+
+
+torch.library.register_autograd("forge::weighted_linear_cross_entropy", _backward, setup_context=_setup_context)

@@ -1,0 +1,83 @@
+// One row of logits: softcap, maximum and sums in a single sweep over blocks that stay in the first-level cache.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace forge {
+namespace FORGE_ISA {
+
+constexpr int64_t kRowBlock = 512;
+
+struct RowSums {
+  float max = 0;             // of the (softcapped, scaled) logits
+  double exp_sum = 0;        // sum of e^(z - max)
+  double sum = 0;            // sum of z
+  double exp_shift_sum = 0;  // sum of e^(z - max) * (z - max)
+};
+
+// Replaces z by scale * softcap * tanh(z / softcap) (softcap 0: by scale * z) and sums it up. NaN reaches exp_sum.
+inline RowSums sum_row(float* z, int64_t vocab, float softcap, float scale) {
+  RowSums row;
+  for (int64_t begin = 0; begin < vocab; begin += kRowBlock) {
+    const int64_t size = vocab - begin < kRowBlock ? vocab - begin : kRowBlock;
+    float* block = z + begin;
+    if (softcap > 0) {
+      const float inverse = 1.0f / softcap, outer = scale * softcap;
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) block[i] = outer * tanh_approx(block[i] * inverse);
+    } else if (scale != 1.0f) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) block[i] *= scale;
+    }
+    float max = block[0];
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < size; ++i) max = block[i] > max ? block[i] : max;
+    if (begin == 0 || max > row.max) {
+      const double shift = begin == 0 ? 0.0 : static_cast<double>(row.max) - static_cast<double>(max);
+      const double rescale = begin == 0 ? 0.0 : __builtin_exp(shift);
+      row.exp_shift_sum = begin == 0 ? 0.0 : (row.exp_shift_sum + row.exp_sum * shift) * rescale;
+      row.exp_sum *= rescale;
+      row.max = max;
+    }
+    const float shift = row.max;
+    float exp_sum = 0, sum = 0, exp_shift_sum = 0;
+#pragma omp simd reduction(+ : exp_sum, sum, exp_shift_sum)
+    for (int64_t i = 0; i < size; ++i) {
+      const float shifted = block[i] - shift;
+      const float e = exp_approx(shifted);
+      exp_sum += e;
+      sum += block[i];
+      exp_shift_sum += e * shifted;
+    }
+    row.exp_sum += static_cast<double>(exp_sum);
+    row.sum += static_cast<double>(sum);
+    row.exp_shift_sum += static_cast<double>(exp_shift_sum);
+  }
+  return row;
+}
+
+// Whether `target` is the first index of the row's maximum.
+inline bool is_first_max(const float* z, int64_t target, float max) {
+  if (!(z[target] == max)) return false;
+  for (int64_t i = 0; i < target; ++i) {
+    if (z[i] == max) return false;
+  }
+  return true;
+}
+
+// Writes f(z[i]) as T over the row itself: T is no wider than float, and a block is read before it is written.
+template <class T, class F>
+inline void rewrite_row(float* z, int64_t vocab, const F& f) {
+  T* out = reinterpret_cast<T*>(z);
+  float values[kRowBlock];
+  for (int64_t begin = 0; begin < vocab; begin += kRowBlock) {
+    const int64_t size = vocab - begin < kRowBlock ? vocab - begin : kRowBlock;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) values[i] = f(z[begin + i]);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) out[begin + i] = from_float<T>(values[i]);
+  }
+}
+
+}  // namespace FORGE_ISA
+}  // namespace forge
