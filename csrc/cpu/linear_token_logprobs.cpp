@@ -45,29 +45,22 @@ void backward(float* z_rows, int64_t stride, int64_t vocab, const int64_t* targe
     float* z = z_rows + row * stride;
     const float g = dlogprob[row] * inverse, h = dentropy[row] * inverse;
     const float constant = g + h * entropy[row], row_max = max[row], row_log_sum = log_sum[row];
-    const float z_target = z[target[row]];
-    float slope;
+    const auto at_logits = [=](float y) {
+      const float logp = (y - row_max) - row_log_sum;
+      return -exp_approx(logp) * (constant + h * logp);
+    };
+    float y_target, slope = 1.0f;
     if (softcap > 0) {
-      const float inside = 1.0f / softcap, outer = softcap * inverse;
-      const float tanh_target = tanh_approx(z_target * inside);
-      slope = 1.0f - tanh_target * tanh_target;
-      const float logp_target = (outer * tanh_target - row_max) - row_log_sum;
-      const float at_target = g - exp_approx(logp_target) * (constant + h * logp_target);
-      rewrite_row<T>(z, vocab, [=](float value) {
-        const float tanh = tanh_approx(value * inside);
-        const float logp = (outer * tanh - row_max) - row_log_sum;
-        return -exp_approx(logp) * (constant + h * logp) * (1.0f - tanh * tanh);
+      const float to_tanh = temperature / softcap;
+      y_target = rewrite_row<T>(z, vocab, target[row], softcap, inverse, [=](float y) {
+        const float tanh = y * to_tanh;
+        return at_logits(y) * (1.0f - tanh * tanh);
       });
-      reinterpret_cast<T*>(z)[target[row]] = from_float<T>(at_target * slope);
+      slope = 1.0f - (y_target * to_tanh) * (y_target * to_tanh);
     } else {
-      const float logp_target = (z_target * inverse - row_max) - row_log_sum;
-      const float at_target = g - exp_approx(logp_target) * (constant + h * logp_target);
-      rewrite_row<T>(z, vocab, [=](float value) {
-        const float logp = (value * inverse - row_max) - row_log_sum;
-        return -exp_approx(logp) * (constant + h * logp);
-      });
-      reinterpret_cast<T*>(z)[target[row]] = from_float<T>(at_target);
+      y_target = rewrite_row<T>(z, vocab, target[row], softcap, inverse, at_logits);
     }
+    reinterpret_cast<T*>(z)[target[row]] = from_float<T>((g + at_logits(y_target)) * slope);
   }
 }
 

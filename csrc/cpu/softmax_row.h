@@ -15,20 +15,25 @@ struct RowSums {
   double exp_shift_sum = 0;  // sum of e^(z - max) * (z - max)
 };
 
+// z = scale * softcap * tanh(z / softcap); softcap 0: z = scale * z.
+inline void cap_block(float* z, int64_t size, float softcap, float scale) {
+  if (softcap > 0) {
+    const float inverse = 1.0f / softcap, outer = scale * softcap;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) z[i] = outer * tanh_approx(z[i] * inverse);
+  } else if (scale != 1.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) z[i] *= scale;
+  }
+}
+
 // Replaces z by scale * softcap * tanh(z / softcap) (softcap 0: by scale * z) and sums it up. NaN reaches exp_sum.
 inline RowSums sum_row(float* z, int64_t vocab, float softcap, float scale) {
   RowSums row;
   for (int64_t begin = 0; begin < vocab; begin += kRowBlock) {
     const int64_t size = vocab - begin < kRowBlock ? vocab - begin : kRowBlock;
     float* block = z + begin;
-    if (softcap > 0) {
-      const float inverse = 1.0f / softcap, outer = scale * softcap;
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) block[i] = outer * tanh_approx(block[i] * inverse);
-    } else if (scale != 1.0f) {
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) block[i] *= scale;
-    }
+    cap_block(block, size, softcap, scale);
     float max = block[0];
 #pragma omp simd reduction(max : max)
     for (int64_t i = 0; i < size; ++i) max = block[i] > max ? block[i] : max;
@@ -65,18 +70,24 @@ inline bool is_first_max(const float* z, int64_t target, float max) {
   return true;
 }
 
-// Writes f(z[i]) as T over the row itself: T is no wider than float, and a block is read before it is written.
+// Caps and scales z as sum_row does and writes f(z[i]) as T over the row itself: T is no wider than float, and a block
+// is read before it is written. Returns the capped z[target]. Capping is a pass of its own, so that z - max is exactly
+// what it was in sum_row.
 template <class T, class F>
-inline void rewrite_row(float* z, int64_t vocab, const F& f) {
+inline float rewrite_row(float* z, int64_t vocab, int64_t target, float softcap, float scale, const F& f) {
   T* out = reinterpret_cast<T*>(z);
   float values[kRowBlock];
+  float at_target = 0;
   for (int64_t begin = 0; begin < vocab; begin += kRowBlock) {
     const int64_t size = vocab - begin < kRowBlock ? vocab - begin : kRowBlock;
+    cap_block(z + begin, size, softcap, scale);
+    if (target >= begin && target < begin + size) at_target = z[target];
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) values[i] = f(z[begin + i]);
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) out[begin + i] = from_float<T>(values[i]);
   }
+  return at_target;
 }
 
 }  // namespace FORGE_ISA

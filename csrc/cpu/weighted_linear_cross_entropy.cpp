@@ -49,12 +49,12 @@ void rows(float* z_rows, int64_t stride, int64_t vocab, const int64_t* target, c
     if (softcap > 0) {
       const float inverse = 1.0f / softcap, slope = z_target * inverse;
       at_target *= 1.0f - slope * slope;
-      rewrite_row<T>(z, vocab, [=](float value) {
+      rewrite_row<T>(z, vocab, target[row], 0.0f, 1.0f, [=](float value) {
         const float tanh = value * inverse;
         return (factor * exp_approx((value - row_max) - shift) + constant) * (1.0f - tanh * tanh);
       });
     } else {
-      rewrite_row<T>(z, vocab, [=](float value) {
+      rewrite_row<T>(z, vocab, target[row], 0.0f, 1.0f, [=](float value) {
         return factor * exp_approx((value - row_max) - shift) + constant;
       });
     }
