@@ -123,7 +123,8 @@ class LinearHeadChunks {
     const int64_t n = size(chunk);
     const std::array<int64_t, 2> sizes{n, vocab_};
     const std::array<int64_t, 2> strides{stride_ * static_cast<int64_t>(sizeof(float) / sizeof(T)), 1};
-    const Tensor dlogits = torch::stable::from_blob(mutable_data<float>(logits_), sizes, strides, hidden_.device(), dtype_);
+    const Tensor dlogits =
+        torch::stable::from_blob(mutable_data<float>(logits_), sizes, strides, hidden_.device(), dtype_);
     if (need_dhidden_) add_dhidden(chunk, n, dlogits);
     if (need_dhead_) add_dhead(chunk, n, dlogits);
   }

@@ -1,5 +1,5 @@
 // linear_token_logprobs: log-probability and entropy per token. The backward takes any upstream gradients and computes
-// the logits of each chunk again: two matmuls forward-like, two for the gradients, no tokens x vocab matrix kept.
+// the logits of each chunk again: four matmuls in all, and no tokens x vocab matrix.
 #include "cpu/softmax_row.h"
 
 namespace forge {
@@ -38,8 +38,8 @@ void forward(float* z_rows, int64_t stride, int64_t vocab, const int64_t* target
 //   d logprob / dy = onehot - p,   dH / dy = -p * (log p + H)
 template <class T>
 void backward(float* z_rows, int64_t stride, int64_t vocab, const int64_t* target, float softcap, float temperature,
-              const float* dlogprob, const float* dentropy, const float* entropy, const float* max, const float* log_sum,
-              int64_t begin, int64_t end) {
+              const float* dlogprob, const float* dentropy, const float* entropy, const float* max,
+              const float* log_sum, int64_t begin, int64_t end) {
   const float inverse = 1.0f / temperature;
   for (int64_t row = begin; row < end; ++row) {
     float* z = z_rows + row * stride;

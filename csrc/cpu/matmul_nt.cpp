@@ -41,7 +41,8 @@ FORGE_BF16_TARGET inline void transpose_16x16(const bf16* source, int64_t stride
   // x[4 * g + c] holds, in 128-bit lane l, pair 4 * l + c of rows 4 * g .. 4 * g + 3.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xee);
+    const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xee);
     const __m512i low23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x44);
     const __m512i high23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xee);
     _mm512_storeu_si512(packed + (0 + c) * kNtColumns, _mm512_shuffle_i32x4(low01, low23, 0x88));

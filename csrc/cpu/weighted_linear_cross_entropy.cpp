@@ -97,7 +97,8 @@ Counted count_rows(const Tensor& targets_any, const std::optional<Tensor>& weigh
   Counted counted;
   for (int64_t i = 0; i < tokens; ++i) {
     const float weight = weights_any ? data<float>(weights)[i] : 1.0f;
-    FORGE_CHECK(std::isfinite(weight) && weight >= 0, "token_weights", weight << " in row " << i, "a finite weight >= 0");
+    FORGE_CHECK(std::isfinite(weight) && weight >= 0, "token_weights", weight << " in row " << i,
+                "a finite weight >= 0");
     const int64_t target = data<int64_t>(targets)[i];
     if (target == ignore_index) continue;
     check_target(target, i, vocab);
@@ -164,7 +165,8 @@ Outputs weighted_linear_cross_entropy(const Tensor& hidden_any, const Tensor& lm
 
   // Row by row in double: the result depends neither on the chunks nor on the number of threads.
   std::vector<double> nll_sum(num_sources), weight_sum(num_sources);
-  Tensor token_count = new_zeros({num_sources}, ScalarType::Long), correct_count = new_zeros({num_sources}, ScalarType::Long);
+  Tensor token_count = new_zeros({num_sources}, ScalarType::Long);
+  Tensor correct_count = new_zeros({num_sources}, ScalarType::Long);
   double loss_sum = 0;
   for (size_t i = 0; i < count; ++i) {
     const int32_t source = counted.sources[i];
@@ -177,7 +179,8 @@ Outputs weighted_linear_cross_entropy(const Tensor& hidden_any, const Tensor& lm
   }
   Tensor loss = new_tensor({}, ScalarType::Float);
   *mutable_data<float>(loss) = static_cast<float>(loss_sum * inverse);
-  Tensor source_nll = new_tensor({num_sources}, ScalarType::Float), source_weight = new_tensor({num_sources}, ScalarType::Float);
+  Tensor source_nll = new_tensor({num_sources}, ScalarType::Float);
+  Tensor source_weight = new_tensor({num_sources}, ScalarType::Float);
   for (int64_t s = 0; s < num_sources; ++s) {
     mutable_data<float>(source_nll)[s] = static_cast<float>(nll_sum[s]);
     mutable_data<float>(source_weight)[s] = static_cast<float>(weight_sum[s]);

@@ -1,0 +1,165 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from forge_core.kernels import linear_token_logprobs, reference
+from tests.tolerance import check_op
+
+DTYPES = [torch.float32, torch.bfloat16]
+# tokens, hidden, vocab: one of each, odd sizes, several chunks of at most 512 rows, no tokens at all.
+SIZES = [(1, 1, 1), (1, 7, 5), (9, 33, 49), (70, 64, 515), (1100, 24, 130), (0, 8, 16)]
+OPTIONS = [{}, {"temperature": 0.7}, {"temperature": 1.5, "softcap": 2.0}]
+
+
+def _inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(tokens, hidden, generator=g).to(dtype).requires_grad_()
+    head = (2 * torch.randn(vocab, hidden, generator=g) / hidden**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,), generator=g)
+    targets[3::7] = -100
+    return [h, head, targets]
+
+
+def _op(**options: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda h, head, t: linear_token_logprobs(h, head, t, backend="cpp", **options)
+
+
+def _reference(temperature: float = 1.0, softcap: float | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda h, head, t: reference.linear_token_logprobs(h, head, t, temperature, softcap, -100)
+
+
+def _gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    logprob, entropy = _op(temperature=0.9)(*inputs)
+    upstream = torch.linspace(-1, 1, len(logprob))
+    gradients = torch.autograd.grad((logprob, entropy), inputs[:2], (upstream, upstream.flip(0)))
+    return logprob.detach(), entropy.detach(), *gradients
+
+
+def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
+    check_op(_op(**options), _reference(**options), _inputs(*size, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_output_or_one_gradient_only(dtype: torch.dtype) -> None:
+    for output in (0, 1):
+        for frozen in (0, 1):
+            inputs = _inputs(20, 16, 40, dtype)
+            inputs[frozen].requires_grad_(False)
+            check_op(lambda *x, i=output: _op()(*x)[i], lambda *x, i=output: _reference()(*x)[i], inputs)
+
+
+def test_non_contiguous() -> None:
+    h, head, targets = _inputs(33, 12, 50, torch.float32)
+    strided = [
+        h.detach().t().contiguous().t().requires_grad_(),
+        head.detach().repeat_interleave(2, 0)[::2].requires_grad_(),
+        targets.repeat_interleave(2)[::2],
+    ]
+    assert not any(x.is_contiguous() for x in strided)
+    check_op(_op(), _reference(), strided)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_equals_torch(backend: str) -> None:
+    h, head, targets = _inputs(30, 16, 40, torch.float32)
+    logprob, entropy = linear_token_logprobs(h, head, targets, temperature=0.5, softcap=4.0, backend=backend)
+    distribution = torch.distributions.Categorical(logits=4 * torch.tanh(h @ head.T / 4) / 0.5)
+    kept = targets != -100
+    torch.testing.assert_close(logprob[kept], distribution.log_prob(targets.clamp(min=0))[kept])
+    torch.testing.assert_close(entropy[kept], distribution.entropy()[kept])
+    assert not logprob[~kept].any() and not entropy[~kept].any()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_ignored_rows_may_hold_anything(backend: str) -> None:
+    h, head, targets = _inputs(12, 4, 9, torch.float32)
+    h = h.detach().index_fill(0, torch.tensor([3, 10]), float("nan")).requires_grad_()
+    logprob, entropy = linear_token_logprobs(h, head, targets, backend=backend)
+    dhidden, dhead = torch.autograd.grad((logprob.sum() + entropy.sum()), (h, head))
+    assert logprob.isfinite().all() and dhead.isfinite().all() and not dhidden[[3, 10]].any()
+    ignored = linear_token_logprobs(h, head, torch.full_like(targets, -100), backend=backend)
+    dhidden, dhead = torch.autograd.grad((ignored[0].sum() + ignored[1].sum()), (h, head))
+    assert not dhidden.any() and not dhead.any()
+
+
+def test_large_logits_stay_accurate() -> None:
+    check_op(_op(), _reference(), [100 * x if x.is_floating_point() else x for x in _inputs(9, 16, 40, torch.float32)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    inputs = _inputs(1100, 72, 1000, dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = _gradients(inputs)
+        torch.set_num_threads(2)
+        assert _equal(_gradients(inputs), one) and _equal(_gradients(inputs), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_checkpointing_and_no_grad() -> None:
+    inputs = _inputs(20, 8, 30, torch.float32)
+    expected = torch.autograd.grad(_op()(*inputs)[0].sum(), inputs[:2])
+    again = checkpoint(lambda *x: _op()(*x)[0].sum(), *inputs, use_reentrant=False)
+    assert _equal(torch.autograd.grad(again, inputs[:2]), expected)
+    with torch.no_grad():
+        assert not _op()(*inputs)[0].requires_grad
+    with pytest.raises(RuntimeError, match="create_graph=True, expected a first derivative only"):
+        torch.autograd.grad(_op()(*inputs)[0].sum(), inputs[0], create_graph=True)
+
+
+def test_gradcheck_reference() -> None:
+    h, head, targets = _inputs(5, 4, 6, torch.float32)
+    h, head = h.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    for options in OPTIONS:
+        torch.autograd.gradcheck(lambda h, w, options=options: _reference(**options)(h, w, targets), (h, head))
+
+
+@pytest.mark.parametrize("tokens", [6, 0])
+def test_opcheck(tokens: int) -> None:
+    h, head, targets = _inputs(tokens, 4, 9, torch.float32)
+    options = (0.7, 2.0, -100)
+    torch.library.opcheck(torch.ops.forge.linear_token_logprobs.default, (h, head, targets, *options))
+    h, head = h.detach(), head.detach()
+    logprob, entropy, softmax = torch.ops.forge.linear_token_logprobs(h, head, targets, *options)
+    for need in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            torch.ops.forge.linear_token_logprobs_backward.default,
+            (logprob, entropy, h, head, targets, entropy, softmax, *options, *need),
+        )
+
+
+def test_compiles_without_graph_break() -> None:
+    inputs = _inputs(20, 8, 30, torch.float32)
+    compiled = torch.compile(_op(softcap=2.0), fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*inputs), _op(softcap=2.0)(*inputs)
+    assert _equal(actual, expected)
+    upstream = (torch.ones(20), torch.linspace(0, 1, 20))
+    assert _equal(
+        torch.autograd.grad(actual, inputs[:2], upstream), torch.autograd.grad(expected, inputs[:2], upstream)
+    )
+
+
+def test_errors_name_the_argument() -> None:
+    h, head, t = torch.ones(2, 4), torch.ones(5, 4), torch.tensor([0, 5])
+    for backend in ("cpp", "reference"):
+        with pytest.raises(ValueError, match="targets: got 5 in row 1, expected 0 <= target < 5 or ignore_index"):
+            linear_token_logprobs(h, head, t, backend=backend)
+    with pytest.raises(ValueError, match="temperature: got 0, expected a finite number > 0"):
+        linear_token_logprobs(h, head, t, temperature=0)
+    with pytest.raises(ValueError, match=r"lm_head: got shape \[5, 3\]"):
+        linear_token_logprobs(h, head[:, :3], t)
+    with pytest.raises(ValueError, match="softcap: got -1"):
+        linear_token_logprobs(h, head, t, softcap=-1)

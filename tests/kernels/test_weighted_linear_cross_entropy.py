@@ -1,0 +1,265 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from forge_core.kernels import MixingLoss, reference, weighted_linear_cross_entropy
+from tests.tolerance import check_op
+
+DTYPES = [torch.float32, torch.bfloat16]
+# tokens, hidden, vocab: one of each, odd sizes around the 8 x 48 blocks and the 512 logits of a block, several chunks
+# of at most 512 rows, hidden deeper than one block of the matmul, no tokens at all.
+SIZES = [(1, 1, 1), (1, 7, 5), (9, 33, 49), (70, 64, 515), (1100, 24, 130), (20, 901, 96), (0, 8, 16)]
+OPTIONS = [{}, {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.2}]
+
+
+def _inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> list:
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(tokens, hidden, generator=g).to(dtype).requires_grad_()
+    head = (2 * torch.randn(vocab, hidden, generator=g) / hidden**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,), generator=g)
+    targets[3::7] = -100
+    weights = torch.rand(tokens, generator=g) + 0.1
+    weights[5::6] = 0
+    sources = torch.randint(0, 2, (tokens,), generator=g, dtype=torch.int32) * 2  # source 1 of 3 is absent
+    return [h, head, targets, weights, sources]
+
+
+def _op(**options: float) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda h, head, t, w=None, s=None, total=None: tuple(
+        weighted_linear_cross_entropy(
+            h, head, t, w, source_ids=s, num_sources=3, normalizer=total, backend="cpp", **options
+        )
+    )
+
+
+def _reference(
+    softcap: float | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda h, head, t, w=None, s=None, total=None: reference.weighted_linear_cross_entropy(
+        h, head, t, w, s, 3, total, -100, softcap, z_loss, label_smoothing
+    )
+
+
+def _gradients(inputs: list, **options: float) -> tuple[Tensor, ...]:
+    outputs = _op(**options)(*inputs)
+    return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], inputs[:2]))
+
+
+def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
+    inputs = _inputs(*size, dtype)
+    check_op(_op(**options), _reference(**options), inputs)
+    # A normalizer of about one pack keeps the gradients of order one over tokens, as the default does.
+    check_op(_op(**options), _reference(**options), [*inputs[:3], None, None, torch.tensor(size[0] + 1.0)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_reference_with_frozen_parts(dtype: torch.dtype) -> None:
+    for frozen in (0, 1):
+        inputs = _inputs(40, 20, 60, dtype)
+        inputs[frozen].requires_grad_(False)
+        check_op(_op(), _reference(), inputs)
+
+
+def test_non_contiguous() -> None:
+    h, head, targets, weights, sources = _inputs(33, 12, 50, torch.float32)
+    strided = [
+        h.detach().t().contiguous().t().requires_grad_(),
+        head.detach().repeat_interleave(2, 0)[::2].requires_grad_(),
+        targets.repeat_interleave(2)[::2],
+        weights.repeat_interleave(3)[::3],
+        sources.repeat_interleave(2)[::2],
+    ]
+    assert not any(x.is_contiguous() for x in strided)
+    check_op(_op(), _reference(), strided)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_equals_torch(backend: str) -> None:
+    h, head, targets, _, _ = _inputs(50, 16, 40, torch.float32)
+    for smoothing in (0.0, 0.3):
+        loss = weighted_linear_cross_entropy(h, head, targets, label_smoothing=smoothing, backend=backend).loss
+        expected = torch.nn.functional.cross_entropy(h @ head.T, targets, label_smoothing=smoothing)
+        torch.testing.assert_close(loss, expected)
+    weighted = weighted_linear_cross_entropy(h, head, targets, torch.arange(50.0), z_loss=0.5, backend=backend).loss
+    z = h @ head.T
+    rows = torch.nn.functional.cross_entropy(z, targets, reduction="none") + 0.5 * z.logsumexp(-1) ** 2
+    w = torch.arange(50.0) * (targets != -100)
+    torch.testing.assert_close(weighted, (w * rows).sum() / w.sum())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_statistics_are_plain_per_source(backend: str) -> None:
+    h, head, targets, weights, sources = _inputs(90, 16, 12, torch.float32)
+    result = weighted_linear_cross_entropy(
+        h, head, targets, weights, source_ids=sources, num_sources=3, z_loss=1.0, label_smoothing=0.5, backend=backend
+    )
+    assert isinstance(result, MixingLoss)
+    z = h @ head.T
+    for source in range(3):
+        rows = (sources == source) & (targets != -100) & (weights > 0)
+        nll = torch.nn.functional.cross_entropy(z[rows], targets[rows], reduction="none")
+        torch.testing.assert_close(result.weighted_nll[source], (weights[rows] * nll).sum())
+        torch.testing.assert_close(result.weight_sum[source], weights[rows].sum())
+        assert result.token_count[source] == rows.sum()
+        assert result.correct[source] == (z[rows].argmax(-1) == targets[rows]).sum()
+    assert result.token_count[1] == 0 and result.weighted_nll[1] == 0
+    assert result.loss.requires_grad and not any(x.requires_grad for x in result[1:])
+
+
+def test_the_first_of_equal_logits_is_the_prediction() -> None:
+    targets = torch.tensor([0, 1])
+    assert weighted_linear_cross_entropy(torch.ones(2, 3), torch.ones(60, 3), targets, backend="cpp").correct == 1
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("case", ["ignored", "zero weight", "no tokens", "normalizer 0"])
+def test_nothing_counts(case: str, backend: str) -> None:
+    h, head, targets, weights, _ = _inputs(0 if case == "no tokens" else 6, 4, 9, torch.float32)
+    targets = torch.full_like(targets, -100) if case == "ignored" else targets
+    weights = torch.zeros_like(weights) if case == "zero weight" else weights
+    total = torch.zeros(1) if case == "normalizer 0" else None
+    loss = weighted_linear_cross_entropy(h, head, targets, weights, normalizer=total, backend=backend).loss
+    dhidden, dhead = torch.autograd.grad(loss, (h, head))
+    assert (
+        loss == 0 and dhidden.shape == h.shape and not dhidden.any() and dhead.shape == head.shape and not dhead.any()
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_rows_that_do_not_count_may_hold_anything(backend: str) -> None:
+    h, head, targets, weights, sources = _inputs(12, 4, 9, torch.float32)
+    h = h.detach()
+    h[3], h[5], sources[3] = float("nan"), float("inf"), 99
+    h.requires_grad_()
+    loss = weighted_linear_cross_entropy(
+        h, head, targets, weights, source_ids=sources, num_sources=3, backend=backend
+    ).loss
+    dhidden, dhead = torch.autograd.grad(loss, (h, head))
+    assert loss.isfinite() and dhead.isfinite().all() and not dhidden[[3, 5]].any() and dhidden.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_normalizer_over_two_packs_equals_one_pack(backend: str) -> None:
+    h, head, targets, weights, _ = _inputs(80, 16, 30, torch.float32)
+    total = (weights * (targets != -100)).sum()
+    parts = [
+        weighted_linear_cross_entropy(
+            h[rows], head, targets[rows], weights[rows], normalizer=total, backend=backend
+        ).loss
+        for rows in (slice(0, 50), slice(50, 80))
+    ]
+    whole = weighted_linear_cross_entropy(h, head, targets, weights, backend=backend).loss
+    torch.testing.assert_close(sum(parts), whole)
+    for a, b in zip(torch.autograd.grad(sum(parts), (h, head)), torch.autograd.grad(whole, (h, head)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_tied_head_adds_to_the_embedding() -> None:
+    embedding = torch.randn(30, 8, requires_grad=True)
+    ids, targets = torch.randint(0, 30, (2, 20))
+
+    def gradient(backend: str) -> Tensor:
+        loss = weighted_linear_cross_entropy(embedding[ids].tanh(), embedding, targets, backend=backend).loss
+        return torch.autograd.grad(loss, embedding)[0]
+
+    torch.testing.assert_close(gradient("cpp"), gradient("reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    inputs = _inputs(1100, 72, 1000, dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = _gradients(inputs)
+        torch.set_num_threads(2)
+        assert _equal(_gradients(inputs), one) and _equal(_gradients(inputs), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_upstream_gradient_checkpointing_and_no_grad() -> None:
+    inputs = _inputs(20, 8, 30, torch.float32)
+    plain = _op()(*inputs)[0]
+    expected = torch.autograd.grad(3 * plain, inputs[:2])
+    again = checkpoint(lambda *x: _op()(*x)[0], *inputs, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(3 * again, inputs[:2]), expected)
+    with torch.no_grad():
+        assert _op()(*inputs)[0] == plain.detach()
+    with pytest.raises(RuntimeError, match="create_graph=True, expected a first derivative only"):
+        torch.autograd.grad(_op()(*inputs)[0], inputs[0], create_graph=True)
+
+
+def test_gradcheck_reference() -> None:
+    h, head, *rest = _inputs(5, 4, 6, torch.float32)
+    h, head = h.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    for options in OPTIONS:
+        torch.autograd.gradcheck(lambda h, w, options=options: _reference(**options)(h, w, *rest)[0], (h, head))
+
+
+@pytest.mark.parametrize("tokens", [6, 0])
+def test_opcheck(tokens: int) -> None:
+    h, head, targets, weights, sources = _inputs(tokens, 4, 9, torch.float32)
+    op = torch.ops.forge.weighted_linear_cross_entropy.default
+    options = (-100, 2.0, 0.1, 0.1)
+    torch.library.opcheck(op, (h, head, targets, weights, sources, 3, torch.tensor(2.0), *options, True, True))
+    torch.library.opcheck(op, (h, head.detach(), targets, None, None, 1, None, *options, True, False))
+
+
+def test_compiles_without_graph_break() -> None:
+    inputs = _inputs(20, 8, 30, torch.float32)
+    compiled = torch.compile(_op(softcap=2.0), fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*inputs), _op(softcap=2.0)(*inputs)
+    assert _equal(actual, expected)
+    assert _equal(torch.autograd.grad(actual[0], inputs[:2]), torch.autograd.grad(expected[0], inputs[:2]))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_values_out_of_range_name_the_row(backend: str) -> None:
+    h, head, targets, weights, sources = (x.detach() for x in _inputs(6, 4, 9, torch.float32))
+
+    def call(t: Tensor = targets, w: Tensor = weights, s: Tensor = sources, n: Tensor | None = None) -> None:
+        weighted_linear_cross_entropy(h, head, t, w, source_ids=s, num_sources=3, normalizer=n, backend=backend)
+
+    for bad in (9, -1):
+        with pytest.raises(ValueError, match=rf"targets: got {bad} in row 2, expected 0 <= target < 9"):
+            call(t=targets.index_fill(0, torch.tensor(2), bad))
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"token_weights: got .* in row 1, expected a finite weight >= 0"):
+            call(w=weights.index_fill(0, torch.tensor(1), value))
+    with pytest.raises(ValueError, match=r"source_ids: got 3 in row 0, expected 0 <= id < 3"):
+        call(s=sources.index_fill(0, torch.tensor(0), 3))
+    with pytest.raises(ValueError, match=r"normalizer: got -1.*, expected a finite number >= 0"):
+        call(n=torch.tensor([-1.0]))
+
+
+def test_errors_name_the_argument() -> None:
+    h, head, t = torch.ones(2, 4), torch.ones(5, 4), torch.zeros(2, dtype=torch.int64)
+    for message, args, options in [
+        (r"hidden: got torch\.float32 \[2, 1, 4\]", (h[:, None], head, t), {}),
+        (r"lm_head: got shape \[5, 3\], expected \[vocab, 4\]", (h, head[:, :3], t), {}),
+        (r"lm_head: got torch\.bfloat16, expected the dtype of hidden", (h, head.bfloat16(), t), {}),
+        (r"targets: got torch\.int32 \[2\], expected int64 \[2\]", (h, head, t.int()), {}),
+        (r"token_weights: got torch\.float32 \[1\], expected float32 \[2\]", (h, head, t, torch.ones(1)), {}),
+        ("token_weights: got a tensor that requires grad", (h, head, t, torch.ones(2, requires_grad=True)), {}),
+        (r"source_ids: got torch\.int64 \[2\], expected int32 \[2\]", (h, head, t), {"source_ids": t}),
+        ("num_sources: got 0", (h, head, t), {"num_sources": 0}),
+        ("normalizer: got -1", (h, head, t), {"normalizer": -1}),
+        (r"normalizer: got a tensor of shape \[2\]", (h, head, t), {"normalizer": torch.ones(2)}),
+        ("softcap: got 0", (h, head, t), {"softcap": 0}),
+        ("z_loss: got -1", (h, head, t), {"z_loss": -1}),
+        ("label_smoothing: got 2", (h, head, t), {"label_smoothing": 2}),
+        ("backend 'cpp' cannot take", (h.double(), head.double(), t), {"backend": "cpp"}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            weighted_linear_cross_entropy(*args, **options)
