@@ -61,5 +61,5 @@ class RotaryTables:
 def document_positions(tokens: int, cu_seqlens: Tensor) -> Tensor:
     """Position of each token of a pack inside its document, int64 [tokens]; the tail counts on from cu_seqlens[-1]."""
     index = torch.arange(tokens, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens, index, right=True) - 1
-    return index - cu_seqlens[document]
+    starts = cu_seqlens.to(torch.int64)
+    return index - starts[torch.searchsorted(starts, index, right=True) - 1]
