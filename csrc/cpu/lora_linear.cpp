@@ -235,6 +235,12 @@ Tensor stacked(const Tensors& lora_a, ScalarType dtype) {
   return result;
 }
 
+void check_lengths(size_t length, std::initializer_list<size_t> others) {
+  for (const size_t other : others) {
+    FORGE_CHECK(length > 0 && other == length, "lists", other << " entries", length << ", one per projection");
+  }
+}
+
 bool all_equal(const std::vector<double>& values) {
   for (double value : values) {
     if (value != values[0]) return false;
@@ -265,6 +271,7 @@ Tensor transposed_product(const Tensor& s, const Tensor& x, double scale, Scalar
 
 Tensor lora_shrink(const Tensor& x_any, const Tensors& lora_a, const std::vector<double>& scaling, double dropout_p,
                    const std::optional<Tensor>& dropout_seed) {
+  check_lengths(lora_a.size(), {scaling.size()});
   const Tensor x = as_contiguous(x_any), a = stacked(lora_a, x.scalar_type());
   const Dropout dropout(dropout_p, dropout_seed);
   Tensor s = new_tensor({x.size(0), a.size(0)}, x.scalar_type());
@@ -288,6 +295,7 @@ Tensor lora_shrink(const Tensor& x_any, const Tensors& lora_a, const std::vector
 Tensors lora_shrink_backward(const Tensor& ds_any, const Tensor& x_any, const std::vector<int64_t>& ranks,
                              const std::vector<bool>& wide, double dropout_p,
                              const std::optional<Tensor>& dropout_seed) {
+  check_lengths(ranks.size(), {wide.size()});
   const Tensor ds = as_contiguous(ds_any), x = as_contiguous(x_any);
   const Dropout dropout(dropout_p, dropout_seed);
   Tensor dropped = dropout.active ? torch::stable::empty_like(x) : x;
@@ -314,6 +322,7 @@ Tensors lora_shrink_backward(const Tensor& ds_any, const Tensor& x_any, const st
 Tensors lora_matmul(const Tensor& x_any, const Tensor& s_any, const Tensors& weights, const Tensors& lora_a,
                     const Tensors& lora_b, const Tensors& biases, const std::vector<double>&, double,
                     const std::optional<Tensor>&) {
+  check_lengths(weights.size(), {lora_a.size(), lora_b.size(), biases.empty() ? weights.size() : biases.size()});
   const Tensor x = as_contiguous(x_any), s = as_contiguous(s_any);
   Tensors ys;
   int64_t start = 0;
@@ -340,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensors> lora_matmul_backward(const Tensors& dys_any,
                                                          const Tensors& lora_b, const std::vector<double>& scaling,
                                                          double dropout_p, const std::optional<Tensor>& dropout_seed,
                                                          bool need_dx, bool need_db) {
+  check_lengths(weights.size(), {dys_any.size(), lora_a.size(), lora_b.size(), scaling.size()});
   const Tensor s = as_contiguous(s_any);
   const ScalarType dtype = s.scalar_type();
   const Dropout dropout(dropout_p, dropout_seed);
