@@ -32,9 +32,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; the result is an ordinary file
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private; the result is an ordinary file
         fsync_path(temporary)
         os.replace(temporary, target)
     finally:
@@ -61,12 +59,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        for entry in sorted(temporary.rglob("*")):
+        allowed = ~_umask()
+        for entry in [temporary, *sorted(temporary.rglob("*"))]:
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & allowed)  # some writers make private files
             fsync_path(entry)
-        fsync_path(temporary)
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
@@ -74,6 +70,12 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
     fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:

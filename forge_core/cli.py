@@ -144,12 +144,15 @@ def export(
 def _print_report(recipe: Recipe, report: "CheckReport") -> None:
     options = recipe.training
     table = Table(title="Training data")
-    for column in ("source", "part", "samples", "tokens", "loss tokens", "target share", "epochs", "notes"):
+    columns = ("source", "part", "samples", "tokens", "loss tokens", "target share", "of the loss", "epochs", "notes")
+    for column in columns:
         table.add_column(column, justify="left" if column in ("source", "part", "notes") else "right")
+    loss_tokens = sum(row.loss_tokens_needed for row in report.rows)
     for row in report.rows:
         source = row.source
         numbers = [f"{len(source.store):,}", f"{source.tokens:,}", f"{source.loss_tokens:,}"]
-        table.add_row(source.name, source.role, *numbers, f"{100 * source.share:.2f} %", f"{row.epochs:.2f}", row.notes)
+        shares = [f"{100 * share:.2f} %" for share in (source.share, row.loss_tokens_needed / loss_tokens)]
+        table.add_row(source.name, source.role, *numbers, *shares, f"{row.epochs:.2f}", row.notes)
     _out.print(table)
     if report.sets:
         table = Table("set", "kind", "role", "samples", title="Evaluation")
@@ -169,7 +172,7 @@ def _print_report(recipe: Recipe, report: "CheckReport") -> None:
         f"{step_tokens:,} tokens a step, {options.max_steps * step_tokens:,} in all",
         f"learning rate {options.learning_rate:g}: warmup {options.warmup_steps}, constant {options.constant_steps}, "
         f"{options.decay} decay to {options.min_lr:g}",
-        f"shares count {recipe.data.share_of}",
+        f"target shares count {recipe.data.share_of}; 'of the loss': the share of the loss tokens that follows",
     ]
     for line in lines:
         _out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -44,7 +44,10 @@ def test_check_prints_the_mix(world: Path, tmp_path: Path, run: Run) -> None:
     assert (code, err) == (0, "")
     domain = next(line for line in out.splitlines() if "domain " in line and "customer" in line)
     assert "40" in domain
-    assert "60.00 %" in domain
+    assert domain.count("60.00 %") == 2  # the target, and the share of the loss that follows from it
+    tokens = run("check", tmp_path / "r.yaml", "data.share_of=tokens")[1]
+    domain = next(line for line in tokens.splitlines() if "domain " in line and "customer" in line)
+    assert domain.count("60.00 %") == 1
     assert "6 steps of 3 packs of 96 tokens: up to 288 tokens a step, 1,728 in all" in out
     assert "LoRA r 4, alpha 8" in out
     assert "the mix has no category 'reasoning-instruction-following'" in out

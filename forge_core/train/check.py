@@ -30,6 +30,11 @@ class SourceRow:
         """Passes over the source in the whole run."""
         return self.tokens_needed / self.source.tokens
 
+    @property
+    def loss_tokens_needed(self) -> float:
+        """Tokens with loss over the whole run."""
+        return self.epochs * self.source.loss_tokens
+
 
 @dataclass(frozen=True)
 class CheckReport:

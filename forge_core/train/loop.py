@@ -79,6 +79,7 @@ def train(
     Raises:
         ResumeError: output_dir holds a run and neither resume nor overwrite is set; or the checkpoint's order, data or
             architecture differ from this recipe's.
+        ValueError: this version draws the samples in another order than the one that began the run.
         NonFiniteError: loss or gradient are not finite; names step and samples.
         DataError, FileNotFoundError, ValueError: from data and model; the messages name file, line or key.
     """
@@ -125,6 +126,8 @@ class _Trainer:
     def _restore(self, checkpoint: Checkpoint, changed: list[str]) -> None:
         state = checkpoint.state
         self.stream.restore(state["stream"])
+        # About a millisecond per step: draws the whole order anew, so that a version that mixes differently is noticed.
+        self.stream.verify(state["stream"])
         restore_optimizer(checkpoint, self.optimizer)
         self.step, self.tokens, self.loss_tokens = state["step"], state["tokens"], state["loss_tokens"]
         self.seconds, self.baseline = state["seconds"], state["baseline"]

@@ -34,8 +34,11 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
         with atomic.atomic_directory(tmp_path / "d") as folder:
             for name in names:
                 (folder / name).write_text(content)
+                (folder / name).chmod(0o600)
     assert [(e.name, e.read_text()) for e in (tmp_path / "d").iterdir()] == [("c", "two")]
     assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o777 & ~_umask()
+    assert (tmp_path / "d/c").stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
 def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
@@ -207,6 +208,15 @@ def test_other_data_is_refused(world: Path, begun: Path, tmp_path: Path) -> None
     changed.write_text((world / "domain.jsonl").read_text().replace("fox", "dog", 1))
     content["data"]["customer"][0]["path"] = str(changed)
     assert "data differs: domain was" in resume_error(content, begun, tmp_path / "out")
+
+
+def test_another_order_of_the_same_data_is_refused(
+    world: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(begun, tmp_path / "out")
+    monkeypatch.setattr("forge_core.data.mix.random_permutation", lambda count, key: np.arange(count))
+    with pytest.raises(ValueError, match="other samples"):
+        train(Recipe.model_validate(settings(world, tmp_path / "out")), resume=True, console=QUIET)
 
 
 def test_another_architecture_or_base_is_refused(world: Path, begun: Path, tmp_path: Path) -> None:
