@@ -15,7 +15,7 @@
 #include "data/packer.h"
 
 namespace py = pybind11;
-using namespace forge::data;
+using namespace forge::data_plane;
 
 namespace {
 

@@ -35,4 +35,10 @@ STABLE_TORCH_LIBRARY(forge, m) {
       "linear_token_logprobs_backward(Tensor dlogprob, Tensor dentropy, Tensor hidden, Tensor lm_head, Tensor targets,"
       " Tensor entropy, Tensor softmax, float temperature, float softcap, int ignore_index, bool need_dhidden,"
       " bool need_dhead) -> (Tensor dhidden, Tensor dhead)");
+  m.def(
+      "packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? tiles, bool causal, int window,"
+      " float softcap, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
+      " bool causal, int window, float softcap, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

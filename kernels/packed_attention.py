@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, no_reasons
+from .pack import PackPlan
+from .registry import Op, cpp_reasons, no_reasons
 
 OP = Op("packed_attention")
 
@@ -15,7 +16,7 @@ def packed_attention(
     v: Tensor,
     cu_seqlens: Tensor,
     *,
-    plan: object | None = None,
+    plan: PackPlan | None = None,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
@@ -34,12 +35,13 @@ def packed_attention(
         cu_seqlens: int32 [documents + 1]: document i is rows `cu_seqlens[i]:cu_seqlens[i + 1]`. Starts at 0 and never
             decreases; empty documents are legal. Rows from `cu_seqlens[-1]` on are never read and come back zero, with
             zero gradients.
-        plan: PackPlan of these cu_seqlens, made once per pack; without it the op makes its own list of tiles.
+        plan: PackPlan of these cu_seqlens, made once per pack; without it the op makes its own list of tiles. The
+            plan's causal and window only decide which tiles start first: one plan serves layers of several windows.
         causal: query i of a document sees keys j <= i; otherwise all of them.
         window: query i sees only keys with i - window < j <= i (causal) or |i - j| < window; >= 1.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2, arXiv 2408.00118); > 0.
         scale: factor of q k^T; default `d ** -0.5`.
-        backend: "auto" takes "reference".
+        backend: "auto" tries "cpp" (CPU), then "reference".
 
     Returns:
         [tokens, q_heads, d], dtype of q.
@@ -54,8 +56,8 @@ def packed_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, cu_seqlens, causal, window, softcap, scale)
-    return OP.select(backend, q, k, v)(*inputs)
+    run = OP.select(backend, q, k, v)
+    return run(q, k, v, cu_seqlens, plan, causal, window, softcap, scale)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -81,4 +83,80 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens: got a tensor on {cu_seqlens.device}, expected the device of q, {q.device}")
 
 
-OP.register("reference", reference.packed_attention, no_reasons)
+def _run_cpp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    tiles = None if plan is None else torch.from_numpy(plan.forward)
+    return torch.ops.forge.packed_attention(q, k, v, cu_seqlens, tiles, causal, window or 0, softcap or 0.0, scale)[0]
+
+
+def _run_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    _plan: PackPlan | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    return reference.packed_attention(q, k, v, cu_seqlens, causal, window, softcap, scale)
+
+
+OP.register("cpp", _run_cpp, cpp_reasons)
+OP.register("reference", _run_reference, no_reasons)
+
+
+@torch.library.register_fake("forge::packed_attention")
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    tiles: Tensor | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float64)
+
+
+@torch.library.register_fake("forge::packed_attention_backward")
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens, _, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
+    gradients = torch.ops.forge.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None, None, None
+
+
+torch.library.register_autograd("forge::packed_attention", _backward, setup_context=_setup_context)

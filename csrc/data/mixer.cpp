@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace forge::data {
+namespace forge::data_plane {
 namespace {
 
 constexpr std::int64_t kOne = std::int64_t{1} << 52;
@@ -135,4 +135,4 @@ std::vector<std::int64_t> random_permutation(std::int64_t count, const std::vect
   return order;
 }
 
-}  // namespace forge::data
+}  // namespace forge::data_plane

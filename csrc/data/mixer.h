@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace forge::data {
+namespace forge::data_plane {
 
 // Chooses the source of each next sample so that at every prefix each source's tokens are within one sequence
 // (the longest offered so far) of share * total tokens.
@@ -44,4 +44,4 @@ class TokenMixer {
 // (library generators may change between versions; a resumed run may not).
 std::vector<std::int64_t> random_permutation(std::int64_t count, const std::vector<std::uint64_t>& key);
 
-}  // namespace forge::data
+}  // namespace forge::data_plane

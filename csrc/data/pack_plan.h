@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace forge::data {
+namespace forge::data_plane {
 
 // One unit of attention work. Rows are rows of the pack. In the forward list `row` spans queries and `col` keys;
 // in the backward list `row` spans keys and `col` queries. Columns in [full_start, full_end) need no mask: every
@@ -100,4 +100,4 @@ inline std::vector<Tile> backward_tiles(const std::int32_t* cu_seqlens, std::int
   return detail::make_tiles(cu_seqlens, documents, options, detail::visible_queries);
 }
 
-}  // namespace forge::data
+}  // namespace forge::data_plane

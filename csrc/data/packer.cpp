@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace forge::data {
+namespace forge::data_plane {
 namespace {
 
 constexpr std::int32_t kNone = -1;
@@ -210,4 +210,4 @@ Packs pack_step(const std::int64_t* lengths, std::int64_t count, std::int64_t bu
   return collect(members, pack_of, open.count());
 }
 
-}  // namespace forge::data
+}  // namespace forge::data_plane

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace forge::data {
+namespace forge::data_plane {
 
 // Pack i holds the sequences order[offsets[i]] .. order[offsets[i + 1] - 1].
 struct Packs {
@@ -22,4 +22,4 @@ Packs pack_sequences(const std::int64_t* lengths, std::int64_t count, std::int64
 // whoever comes later and fits a remaining gap fills it. The rest is not in the result and keeps waiting.
 Packs pack_step(const std::int64_t* lengths, std::int64_t count, std::int64_t budget, std::int64_t max_packs);
 
-}  // namespace forge::data
+}  // namespace forge::data_plane
