@@ -22,6 +22,7 @@ namespace {
 template <class T>
 void forward(float* z_rows, int64_t stride, int64_t vocab, const int64_t* target, float softcap, float temperature,
              float* logprob, float* entropy, float* max, float* log_sum, int64_t begin, int64_t end) {
+  const FlushDenormals flush_denormals;
   for (int64_t row = begin; row < end; ++row) {
     float* z = z_rows + row * stride;
     const RowSums sums = sum_row(z, vocab, softcap, 1.0f / temperature);
@@ -40,6 +41,7 @@ template <class T>
 void backward(float* z_rows, int64_t stride, int64_t vocab, const int64_t* target, float softcap, float temperature,
               const float* dlogprob, const float* dentropy, const float* entropy, const float* max,
               const float* log_sum, int64_t begin, int64_t end) {
+  const FlushDenormals flush_denormals;
   const float inverse = 1.0f / temperature;
   for (int64_t row = begin; row < end; ++row) {
     float* z = z_rows + row * stride;

@@ -26,6 +26,7 @@ namespace {
 template <class T>
 void rows(float* z_rows, int64_t stride, int64_t vocab, const int64_t* target, const float* scale, float* nll,
           float* token_loss, bool* correct, const CrossEntropyOptions& options, int64_t begin, int64_t end) {
+  const FlushDenormals flush_denormals;
   const float softcap = options.softcap, smoothing = options.label_smoothing;
   for (int64_t row = begin; row < end; ++row) {
     float* z = z_rows + row * stride;
