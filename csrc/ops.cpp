@@ -39,6 +39,6 @@ STABLE_TORCH_LIBRARY(forge, m) {
       "packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? tiles, bool causal, int window,"
       " float softcap, float scale) -> (Tensor out, Tensor lse)");
   m.def(
-      "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
+      "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor cu_seqlens,"
       " bool causal, int window, float softcap, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

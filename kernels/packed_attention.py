@@ -137,7 +137,6 @@ def _fake_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
     causal: bool,
@@ -150,7 +149,7 @@ def _fake_backward(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, cu_seqlens, _, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.save_for_backward(q, k, v, output[1], cu_seqlens)
     ctx.mark_non_differentiable(output[1])
 
 

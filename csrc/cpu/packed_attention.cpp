@@ -33,8 +33,8 @@ struct AttentionShape {
 struct AttentionTask {
   int64_t first, last;
   int64_t kv_head;
-  int64_t begin, end;  // forward: its queries; backward: its keys
-  float* partial_dq;   // backward: [last - first, q_heads, d] of a document with several key chunks, or null
+  int64_t begin, end;  // its queries
+  float* partial;      // backward: dk, then dv, each [last - first, padded d], of a document with several tasks, or null
 };
 
 template <class T>
@@ -42,12 +42,12 @@ struct PackedAttentionKernels {
   int64_t (*forward_scratch)(int64_t d);  // floats
   void (*forward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
                   Heads<const T> v, T* out, double* lse, float* scratch);
-  int64_t (*backward_scratch)(int64_t d, int64_t keys);
+  int64_t (*backward_scratch)(int64_t d, int64_t keys);  // keys: most that a task reads
   void (*backward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
-                   Heads<const T> v, Heads<const T> dout, Heads<const T> out, const double* lse, T* dq, T* dk, T* dv,
-                   float* scratch);
+                   Heads<const T> v, Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch);
   // target[i] = sum over parts of sources[part][i], in their order.
   void (*sum_partials)(const float* const* sources, int64_t parts, int64_t count, T* target);
+  int64_t (*padded)(int64_t d);
 };
 
 namespace FORGE_ISA {
@@ -236,98 +236,125 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, 
 // ---- backward -----------------------------------------------------------------------------------------------------------
 
 inline int64_t backward_scratch(int64_t d, int64_t keys) {
-  return kLanes * (3 * padded(d) + 3 * d + 3 * kKeys + 3) + 4 * keys * padded(d);
+  return kLanes * (2 * padded(d) + 3 * d + 3 * keys + 3) + 4 * keys * padded(d);
 }
 
-// Keys [begin, end) of one document and key/value head: dk and dv, and what these keys give to dq. With P the
-// probabilities and D = sum(dout * out): dS = P * (dout v^T - D) * slope of the cap; dq = scale dS k; dk = scale dS^T q;
-// dv = P^T dout (arXiv 2205.14135, appendix B.4).
+// D = sum(P * (dout v^T)) / sum(P) of each lane. The usual sum(dout * out) is the same number, but here the rounding
+// errors of dout v^T are the ones that it is subtracted from: with one dominant key they cancel.
+inline void row_offsets(const float* p, const float* dp, int64_t keys, float* offset) {
+  // Few keys at a time in float32: a long sum would round every small term to the size of the dominant one.
+  constexpr int64_t kBlock = 16;
+  double sum[kLanes] = {}, weighted[kLanes] = {};
+  for (int64_t from = 0; from < keys; from += kBlock) {
+    const int64_t to = smaller(keys, from + kBlock);
+    float block_sum[kLanes] = {}, block_weighted[kLanes] = {};
+    for (int64_t j = from; j < to; ++j) {
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) {
+        block_sum[i] += p[j * kLanes + i];
+        block_weighted[i] += p[j * kLanes + i] * dp[j * kLanes + i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sum[i] += static_cast<double>(block_sum[i]);
+      weighted[i] += static_cast<double>(block_weighted[i]);
+    }
+  }
+  for (int64_t i = 0; i < kLanes; ++i) offset[i] = static_cast<float>(weighted[i] / sum[i]);
+}
+
+// Queries [begin, end) of one document and key/value head: their dq, and what they give to dk and dv. With P the
+// probabilities: dS = P * (dout v^T - D) * slope of the cap; dq = scale dS k; dk = scale dS^T q; dv = P^T dout
+// (arXiv 2205.14135, appendix B.4).
 template <class T>
 void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, Heads<const T> k, Heads<const T> v,
-              Heads<const T> dout, Heads<const T> out, const double* lse, T* dq, T* dk, T* dv, float* scratch) {
-  const int64_t d = s.d, stride = padded(d), key_count = t.end - t.begin;
+              Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch) {
+  const int64_t d = s.d, stride = padded(d);
+  const int64_t key_from = first_key(s, t, t.begin), key_count = key_end(s, t, t.end - 1) - key_from;
   float* keys = scratch;
   float* values = keys + key_count * stride;
   float* dkeys = values + key_count * stride;
   float* dvalues = dkeys + key_count * stride;
   float* q_rows = dvalues + key_count * stride;
   float* dout_rows = q_rows + kLanes * stride;
-  float* out_rows = dout_rows + kLanes * stride;
-  float* q_columns = out_rows + kLanes * stride;
+  float* q_columns = dout_rows + kLanes * stride;
   float* dout_columns = q_columns + kLanes * d;
   float* dq_columns = dout_columns + kLanes * d;
-  float* p = dq_columns + kLanes * d;
-  float* ds = p + kLanes * kKeys;
-  float* slope = ds + kLanes * kKeys;
-  float* offset = slope + kLanes * kKeys;
+  float* offset = dq_columns + kLanes * d;
   float* log_sum = offset + kLanes;
-  float* correction = log_sum + kLanes;
-  widen(k.data + t.begin * k.token_stride + t.kv_head * k.head_stride, k.token_stride, key_count, d, keys, stride);
-  widen(v.data + t.begin * v.token_stride + t.kv_head * v.head_stride, v.token_stride, key_count, d, values, stride);
-  for (int64_t i = 0; i < 2 * key_count * stride; ++i) dkeys[i] = 0;  // and dvalues
+  float* rounding = log_sum + kLanes;
+  float* p = rounding + kLanes;  // of all visible keys
+  float* ds = p + kLanes * key_count;
+  float* slope = ds + kLanes * key_count;
+  if (t.partial != nullptr) {
+    dkeys = t.partial + (key_from - t.first) * stride;
+    dvalues = dkeys + (t.last - t.first) * stride;
+  }
+  widen(k.data + key_from * k.token_stride + t.kv_head * k.head_stride, k.token_stride, key_count, d, keys, stride);
+  widen(v.data + key_from * v.token_stride + t.kv_head * v.head_stride, v.token_stride, key_count, d, values, stride);
+  for (int64_t i = 0; i < key_count * stride; ++i) dkeys[i] = dvalues[i] = 0;
 
-  // Queries that see some key of [begin, end): the mirror image of first_key and key_end.
-  const int64_t query_from = s.causal ? t.begin : (s.window > 0 ? larger(t.first, t.begin - s.window + 1) : t.first);
-  const int64_t query_to = s.window > 0 ? smaller(t.last, t.end - 1 + s.window) : t.last;
   Lanes lanes;
-  for (int64_t row = query_from * s.group; row < query_to * s.group; row += kLanes) {
-    set_lanes(s, t, row, query_to * s.group, lanes);
+  for (int64_t row = t.begin * s.group; row < t.end * s.group; row += kLanes) {
+    set_lanes(s, t, row, t.end * s.group, lanes);
     gather(lanes, q, d, s.scale, q_rows, stride);
     transpose_lanes(q_rows, stride, d, q_columns);
     gather(lanes, dout, d, 1.0f, dout_rows, stride);
     transpose_lanes(dout_rows, stride, d, dout_columns);
-    // D is summed in the order in which the matmul sums dout v^T: with one visible key they cancel exactly.
-    gather(lanes, out, d, 1.0f, out_rows, stride);
-    transpose_lanes(out_rows, stride, d, dq_columns);
-    for (int64_t i = 0; i < kLanes; ++i) offset[i] = 0;
-    for (int64_t j = 0; j < d; ++j) {
-#pragma omp simd
-      for (int64_t i = 0; i < kLanes; ++i) offset[i] += dq_columns[j * kLanes + i] * dout_columns[j * kLanes + i];
-    }
     for (int64_t i = 0; i < kLanes; ++i) {
+      // Lanes past the last row have q = dout = 0 and a visible key: they add exact zeros.
       const double exact = i < lanes.count ? lse[lanes.head[i] * s.tokens + lanes.token[i]] : 0.0;
       log_sum[i] = static_cast<float>(exact);
-      correction[i] = static_cast<float>(1.0 + (log_sum[i] - exact));
+      rounding[i] = static_cast<float>(log_sum[i] - exact);
     }
-    const int64_t from_key = larger(t.begin, lanes.keys_from), to_key = smaller(t.end, lanes.keys_to);
-    for (int64_t from = from_key; from < to_key; from += kKeys) {
-      const int64_t count = smaller(kKeys, to_key - from), at = (from - t.begin) * stride;
-      tile_matmul({keys + at, stride, 1}, q_columns, kLanes, p, kLanes, count, kLanes, d, false);
-      tile_matmul({values + at, stride, 1}, dout_columns, kLanes, ds, kLanes, count, kLanes, d, false);
-      if (s.softcap > 0) cap(p, slope, count, s.softcap);
+    for (int64_t from = lanes.keys_from; from < lanes.keys_to; from += kKeys) {
+      const int64_t count = smaller(kKeys, lanes.keys_to - from), at = (from - key_from) * stride;
+      const int64_t tile = (from - lanes.keys_from) * kLanes;
+      tile_matmul({keys + at, stride, 1}, q_columns, kLanes, p + tile, kLanes, count, kLanes, d, false);
+      tile_matmul({values + at, stride, 1}, dout_columns, kLanes, ds + tile, kLanes, count, kLanes, d, false);
+      if (s.softcap > 0) cap(p + tile, slope + tile, count, s.softcap);
       if (from < lanes.full_from || from + count > lanes.full_to) {
-        mask(lanes, from - t.first, count, -__builtin_inff(), p);
+        mask(lanes, from - t.first, count, -__builtin_inff(), p + tile);
       }
       for (int64_t j = 0; j < count; ++j) {
+        float* x = p + tile + j * kLanes;
 #pragma omp simd
         for (int64_t i = 0; i < kLanes; ++i) {
-          const float probability = exp_approx(p[j * kLanes + i] - log_sum[i]) * correction[i];
-          p[j * kLanes + i] = probability;
-          ds[j * kLanes + i] = probability * (ds[j * kLanes + i] - offset[i]);
+          // e^(x - lse) = e^(x - log_sum) e^rounding, the last factor to first order.
+          const float rounded = exp_approx(x[i] - log_sum[i]);
+          x[i] = rounded + rounded * rounding[i];
         }
+      }
+    }
+    row_offsets(p, ds, lanes.keys_to - lanes.keys_from, offset);
+    for (int64_t from = lanes.keys_from; from < lanes.keys_to; from += kKeys) {
+      const int64_t count = smaller(kKeys, lanes.keys_to - from), at = (from - key_from) * stride;
+      const int64_t tile = (from - lanes.keys_from) * kLanes;
+      for (int64_t j = 0; j < count; ++j) {
+        const float* x = p + tile + j * kLanes;
+        float* dx = ds + tile + j * kLanes;
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i) dx[i] = x[i] * (dx[i] - offset[i]);
       }
       if (s.softcap > 0) {
 #pragma omp simd
-        for (int64_t i = 0; i < count * kLanes; ++i) ds[i] *= slope[i];
+        for (int64_t i = tile; i < tile + count * kLanes; ++i) ds[i] *= slope[i];
       }
-      tile_matmul({keys + at, 1, stride}, ds, kLanes, dq_columns, kLanes, d, kLanes, count, from > from_key);
-      tile_matmul({ds, kLanes, 1}, q_rows, stride, dkeys + at, stride, count, stride, lanes.count, true);
-      tile_matmul({p, kLanes, 1}, dout_rows, stride, dvalues + at, stride, count, stride, lanes.count, true);
+      tile_matmul({keys + at, 1, stride}, ds + tile, kLanes, dq_columns, kLanes, d, kLanes, count,
+                  from > lanes.keys_from);
+      tile_matmul({ds + tile, kLanes, 1}, q_rows, stride, dkeys + at, stride, count, stride, lanes.count, true);
+      tile_matmul({p + tile, kLanes, 1}, dout_rows, stride, dvalues + at, stride, count, stride, lanes.count, true);
     }
     for (int64_t i = 0; i < lanes.count; ++i) {
-      const int64_t at = lanes.head[i] * d;
-      if (t.partial_dq != nullptr) {
-        float* to = t.partial_dq + (lanes.token[i] - t.first) * s.q_heads * d + at;
-        for (int64_t j = 0; j < d; ++j) to[j] = dq_columns[j * kLanes + i] * s.scale;
-      } else {
-        T* to = dq + lanes.token[i] * s.q_heads * d + at;
-        for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(dq_columns[j * kLanes + i] * s.scale);
-      }
+      T* to = dq + (lanes.token[i] * s.q_heads + lanes.head[i]) * d;
+      for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(dq_columns[j * kLanes + i] * s.scale);
     }
   }
+  if (t.partial != nullptr) return;
   const int64_t kv_heads = s.q_heads / s.group;
   for (int64_t r = 0; r < key_count; ++r) {
-    const int64_t to = ((t.begin + r) * kv_heads + t.kv_head) * d;
+    const int64_t to = ((key_from + r) * kv_heads + t.kv_head) * d;
 #pragma omp simd
     for (int64_t j = 0; j < d; ++j) {
       dk[to + j] = from_float<T>(dkeys[r * stride + j]);
@@ -347,7 +374,7 @@ void sum_partials(const float* const* sources, int64_t parts, int64_t count, T* 
 
 template <class T>
 constexpr PackedAttentionKernels<T> table{&forward_scratch, &forward<T>, &backward_scratch, &backward<T>,
-                                          &sum_partials<T>};
+                                          &sum_partials<T>, &padded};
 const RegisterKernels<PackedAttentionKernels<float>> register_float(table<float>);
 const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16(table<bf16>);
 
@@ -367,9 +394,9 @@ const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16(table<bf16>);
 namespace forge {
 namespace {
 
-// Keys of a backward task; a longer document is split into at most kMaxChunks tasks with a partial dq each. Fixed sizes:
-// the sums have the same order whatever the number of threads.
-constexpr int64_t kChunkKeys = 1024;
+// Queries of a backward task; a longer document is split into at most kMaxChunks tasks, whose dk and dv are added up in
+// their order: the sums do not depend on the number of threads.
+constexpr int64_t kChunkQueries = 1024;
 constexpr int64_t kMaxChunks = 4;
 constexpr int64_t kRowsPerTask = 4 * kLanes;
 
@@ -462,11 +489,16 @@ std::vector<AttentionTask> own_tasks(const AttentionShape& s, const int32_t* bou
   return tasks;
 }
 
-std::vector<AttentionTask> for_each_head(const std::vector<AttentionTask>& tasks, int64_t kv_heads) {
+// The tasks of one head for all; floats_per_row: of one head in partial.
+std::vector<AttentionTask> for_each_head(const std::vector<AttentionTask>& tasks, int64_t kv_heads,
+                                         int64_t floats_per_row = 0) {
   std::vector<AttentionTask> result;
   result.reserve(tasks.size() * static_cast<size_t>(kv_heads));
   for (AttentionTask task : tasks) {
-    for (task.kv_head = 0; task.kv_head < kv_heads; ++task.kv_head) result.push_back(task);
+    for (task.kv_head = 0; task.kv_head < kv_heads; ++task.kv_head) {
+      result.push_back(task);
+      if (task.partial != nullptr) task.partial += (task.last - task.first) * floats_per_row;
+    }
   }
   return result;
 }
@@ -501,114 +533,110 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& q_any, const Tensor& k
   return {out, lse};
 }
 
-// A document whose keys are several tasks: each sums its own dq in float32, [last - first, q_heads, d].
+// Backward tasks of one head, the longest work first, and the documents that are several of them.
 struct SplitDocument {
-  int64_t first, last, chunk_keys;
-  std::vector<float*> partial_dq;
+  int64_t first, last, chunk;  // queries of a task
+  float* partials;             // [tasks, kv_heads, 2, last - first, padded d]
 };
 
-// The keys of the documents in chunks, the longest work first.
 struct BackwardWork {
   std::vector<AttentionTask> tasks;
   std::vector<SplitDocument> split;
   Tensor partials;
-  int64_t longest_chunk = 0;
+  int64_t most_keys = 0;
 };
 
-BackwardWork backward_work(const AttentionShape& s, const int32_t* bounds, int64_t documents) {
+int64_t chunk_of(int64_t length) { return std::max(kChunkQueries, (length + kMaxChunks - 1) / kMaxChunks); }
+
+BackwardWork backward_work(const AttentionShape& s, const int32_t* bounds, int64_t documents, int64_t padded_d) {
   BackwardWork work;
-  int64_t partial_floats = 0;
-  const auto chunk_keys_of = [](int64_t length) {
-    const int64_t share = (length + kMaxChunks - 1) / kMaxChunks;
-    return std::max(kChunkKeys, (share + kKeys - 1) / kKeys * kKeys);
-  };
+  const int64_t floats_per_row = s.q_heads / s.group * 2 * padded_d;
+  int64_t rows = 0;
   for (int64_t i = 0; i < documents; ++i) {
-    const int64_t first = bounds[i], length = bounds[i + 1] - first, chunk = chunk_keys_of(length);
-    work.longest_chunk = std::max(work.longest_chunk, std::min(chunk, length));
-    if (length <= chunk) continue;
-    work.split.push_back({first, first + length, chunk, {}});
-    partial_floats += (length + chunk - 1) / chunk * length * s.q_heads * s.d;
+    const int64_t length = bounds[i + 1] - bounds[i], chunk = chunk_of(length);
+    if (length > chunk) rows += (length + chunk - 1) / chunk * length;
   }
-  work.partials = new_tensor({partial_floats}, ScalarType::Float);
+  work.partials = new_tensor({rows * floats_per_row}, ScalarType::Float);
   float* partial = mutable_data<float>(work.partials);
 
   std::vector<std::pair<int64_t, AttentionTask>> weighed;  // visible pairs, task
   const data_plane::TileOptions options = visibility(s);
-  auto split = work.split.begin();
   for (int64_t i = 0; i < documents; ++i) {
-    const int64_t first = bounds[i], last = bounds[i + 1], length = last - first, chunk = chunk_keys_of(length);
+    const int64_t first = bounds[i], last = bounds[i + 1], length = last - first, chunk = chunk_of(length);
+    const bool split = length > chunk;
+    if (split) work.split.push_back({first, last, chunk, partial});
     for (int64_t begin = 0; begin < length; begin += chunk) {
       const int64_t end = std::min(length, begin + chunk);
-      AttentionTask task{first, last, 0, first + begin, first + end, nullptr};
-      if (length > chunk) {
-        task.partial_dq = partial;
-        split->partial_dq.push_back(partial);
-        partial += length * s.q_heads * s.d;
-      }
       int64_t pairs = 0;
-      for (int64_t key = begin; key < end; ++key) {
-        const data_plane::detail::Range queries = data_plane::detail::visible_queries(key, length, options);
-        pairs += queries.last - queries.first;
+      for (int64_t query = begin; query < end; ++query) {
+        const data_plane::detail::Range keys = data_plane::detail::visible_keys(query, length, options);
+        pairs += keys.last - keys.first;
       }
-      weighed.emplace_back(pairs, task);
+      work.most_keys = std::max(work.most_keys, data_plane::detail::visible_keys(end - 1, length, options).last -
+                                                    data_plane::detail::visible_keys(begin, length, options).first);
+      weighed.push_back({pairs, {first, last, 0, first + begin, first + end, split ? partial : nullptr}});
+      if (split) partial += length * floats_per_row;
     }
-    if (length > chunk) ++split;
   }
   std::stable_sort(weighed.begin(), weighed.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   for (const auto& [pairs, task] : weighed) work.tasks.push_back(task);
   return work;
 }
 
-// dq of a split document: for every query the chunks that hold keys it sees, in their order.
+// dk and dv of a split document: for every key the tasks that hold queries which see it, in their order.
 template <class T>
-void sum_split_dq(const AttentionShape& s, const SplitDocument& document, T* dq) {
+void sum_split(const AttentionShape& s, const SplitDocument& document, int64_t padded_d, T* dk, T* dv) {
   const data_plane::TileOptions options = visibility(s);
-  const int64_t length = document.last - document.first, row = s.q_heads * s.d;
-  torch::stable::parallel_for(0, length, 16, [&](int64_t begin, int64_t end) {
+  const int64_t length = document.last - document.first, kv_heads = s.q_heads / s.group;
+  torch::stable::parallel_for(0, length, 64, [&](int64_t begin, int64_t end) {
     const float* sources[kMaxChunks];
-    for (int64_t query = begin; query < end; ++query) {
-      const data_plane::detail::Range seen = data_plane::detail::visible_keys(query, length, options);
-      int64_t parts = 0;
-      for (int64_t c = seen.first / document.chunk_keys; c <= (seen.last - 1) / document.chunk_keys; ++c) {
-        sources[parts++] = document.partial_dq[static_cast<size_t>(c)] + query * row;
+    for (int64_t key = begin; key < end; ++key) {
+      const data_plane::detail::Range seen_by = data_plane::detail::visible_queries(key, length, options);
+      const int64_t from = seen_by.first / document.chunk, to = (seen_by.last - 1) / document.chunk;
+      for (int64_t i = 0; i < 2 * kv_heads; ++i) {  // head i / 2; dk, then dv
+        for (int64_t c = from; c <= to; ++c) {
+          sources[c - from] = document.partials + ((c * 2 * kv_heads + i) * length + key) * padded_d;
+        }
+        T* target = (i % 2 == 0 ? dk : dv) + ((document.first + key) * kv_heads + i / 2) * s.d;
+        kernels<PackedAttentionKernels<T>>().sum_partials(sources, to - from + 1, s.d, target);
       }
-      kernels<PackedAttentionKernels<T>>().sum_partials(sources, parts, row, dq + (document.first + query) * row);
     }
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_any, const Tensor& q_any,
                                                              const Tensor& k_any, const Tensor& v_any,
-                                                             const Tensor& out_any, const Tensor& lse_any,
+                                                             const Tensor& lse_any,
                                                              const Tensor& cu_seqlens_any, bool causal, int64_t window,
                                                              double softcap, double scale) {
   const Tensor cu_seqlens = as_contiguous(cu_seqlens_any);
   const AttentionShape shape = check_inputs(q_any, k_any, v_any, cu_seqlens, causal, window, softcap, scale);
-  for (const Tensor* x : {&dout_any, &out_any}) {
-    FORGE_CHECK(x->dim() == 3 && x->size(0) == shape.tokens && x->size(1) == shape.q_heads && x->size(2) == shape.d &&
-                    x->scalar_type() == q_any.scalar_type(),
-                (x == &out_any ? "out" : "dout"), "another shape or dtype", "shape and dtype of q");
-  }
+  FORGE_CHECK(dout_any.dim() == 3 && dout_any.size(0) == shape.tokens && dout_any.size(1) == shape.q_heads &&
+                  dout_any.size(2) == shape.d && dout_any.scalar_type() == q_any.scalar_type(),
+              "dout", "another shape or dtype", "shape and dtype of q");
   FORGE_CHECK(lse_any.dim() == 2 && lse_any.size(0) == shape.q_heads && lse_any.size(1) == shape.tokens &&
                   lse_any.scalar_type() == ScalarType::Double,
               "lse", "another shape or dtype", "float64 [q_heads, tokens]");
   const Tensor q = with_unit_stride(q_any), k = with_unit_stride(k_any), v = with_unit_stride(v_any);
-  const Tensor dout = with_unit_stride(dout_any), out = with_unit_stride(out_any), lse = as_contiguous(lse_any);
+  const Tensor dout = with_unit_stride(dout_any), lse = as_contiguous(lse_any);
   const int32_t* bounds = data<int32_t>(cu_seqlens);
   const int64_t documents = cu_seqlens.numel() - 1, kv_heads = k.size(1);
-  const BackwardWork work = backward_work(shape, bounds, documents);
   const ScalarType dtype = q.scalar_type();
   Tensor dq = new_tensor({shape.tokens, shape.q_heads, shape.d}, dtype);
   Tensor dk = new_tensor({shape.tokens, kv_heads, shape.d}, dtype);
   Tensor dv = new_tensor({shape.tokens, kv_heads, shape.d}, dtype);
   dispatch_float_bf16(q, "q", [&]<class T>() {
     const auto& kernel = kernels<PackedAttentionKernels<T>>();
-    run_tasks(for_each_head(work.tasks, kv_heads), kernel.backward_scratch(shape.d, work.longest_chunk),
+    const int64_t padded_d = kernel.padded(shape.d);
+    const BackwardWork work = backward_work(shape, bounds, documents, padded_d);
+    run_tasks(for_each_head(work.tasks, kv_heads, 2 * padded_d), kernel.backward_scratch(shape.d, work.most_keys),
               [&](const AttentionTask& task, float* scratch) {
-                kernel.backward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(dout), heads<T>(out),
-                                data<double>(lse), mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv), scratch);
+                kernel.backward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(dout), data<double>(lse),
+                                mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv), scratch);
               });
-    for (const SplitDocument& document : work.split) sum_split_dq(shape, document, mutable_data<T>(dq));
+    for (const SplitDocument& document : work.split) {
+      sum_split(shape, document, padded_d, mutable_data<T>(dk), mutable_data<T>(dv));
+    }
     for (const Tensor* gradient : {&dq, &dk, &dv}) zero_tail<T>(*gradient, bounds[documents]);
   });
   return {dq, dk, dv};
