@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 CHAPTERS: Mapping[int, str] = {
-    1: "Infectious diseases",
-    2: "Neoplasms",
-    5: "Mental disorders",
-    6: "Nervous system",
-    9: "Circulatory system",
-    10: "Respiratory system",
-    11: "Digestive system",
-    19: "Injuries",
+    1: "infections",
+    2: "neoplasms",
+    5: "mental",
+    6: "nervous",
+    9: "circulatory",
+    10: "respiratory",
+    11: "digestive",
+    19: "injuries",
 }
-TRAIN_PER_CHAPTER = 136
+TRAIN_PER_CHAPTER = 168
 TEST_PER_CHAPTER = 20
 TEST_CATEGORY_SHARE = 0.25
 MAX_DIAGNOSIS_CHARACTERS = 90
@@ -128,11 +128,9 @@ def _interleave(rows: list[Diagnosis]) -> list[Diagnosis]:
 
 def to_row(diagnosis: Diagnosis, chapters: Mapping[int, str] = CHAPTERS) -> dict[str, str]:
     """Question/answer row of a diagnosis; the answer is the chapter's label, the code stays with it for tracing."""
+    *others, last = chapters.values()
     return {
-        "question": (
-            "Which chapter of ICD-10-CM does this diagnosis belong to?\n"
-            f"Diagnosis: {diagnosis.text}\nChapters: {', '.join(chapters.values())}"
-        ),
+        "question": f"Diagnosis: {diagnosis.text}\nICD-10-CM chapter ({', '.join(others)} or {last})?",
         "answer": chapters[diagnosis.chapter],
         "code": diagnosis.code,
     }

@@ -1,8 +1,9 @@
 """Rehearsal data: the base model's own answers to general prompts, written once before any training.
 
 Good general data for a small model is scarce; what the base writes itself is by construction what it can already do,
-and training on it holds the model there. Answers are sampled, not taken greedily: a greedy answer is sharper than the
-model's own distribution and would pull it away from itself.
+and training on it holds the model there. Answers are sampled at temperature 1: then the base has no expected gradient on
+them, so they only resist change. Cooler samples read better but are sharper than the model's own distribution and pull
+it away from itself (measured here: MMLU loss +10 % with temperature 0.7, +1 % with 1).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class RehearsalOptions:
 
     prompts: int = 416
     max_new_tokens: int = 160
-    temperature: float = 0.7
-    top_p: float = 0.95
+    temperature: float = 1.0
+    top_p: float = 1.0
     seed: int = 0
 
 

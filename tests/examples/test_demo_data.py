@@ -78,7 +78,7 @@ def test_nearest_neighbour_finds_look_alikes_and_only_those() -> None:
 def test_rows_ask_for_the_label() -> None:
     row = domain.to_row(Diagnosis(2, "C00", "Malignant neoplasm of lip"), CHAPTERS)
     assert row["answer"] == "Neoplasms"
-    assert "Malignant neoplasm of lip" in row["question"] and "Infectious diseases, Neoplasms" in row["question"]
+    assert "Malignant neoplasm of lip" in row["question"] and "(Infectious diseases or Neoplasms)?" in row["question"]
 
 
 SENTENCE = "the quick brown fox jumps over the lazy dog near the old mill"
