@@ -1,0 +1,51 @@
+// What packed_attention.cpp (the op: checks, tasks, threads) and packed_attention_tiles.cpp (the loops) share.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace forge {
+
+constexpr int64_t kLanes = 64;  // query rows of a tile
+constexpr int64_t kKeys = 64;   // keys of a tile
+
+// [tokens, heads, d] with unit stride in d.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t token_stride, head_stride;
+};
+
+struct AttentionShape {
+  int64_t tokens, q_heads, group, d;  // group: query heads of each key/value head
+  int64_t window;                     // 0: no limit
+  bool causal;
+  float scale, softcap;  // softcap 0: none
+};
+
+// lse, the logarithm of the sum of exponentials, is float64 [q_heads, tokens]: its rounding would be a factor of a whole
+// row of probabilities in the backward.
+
+// Work on one document, the rows [first, last) of the pack, and one key/value head.
+struct AttentionTask {
+  int64_t first, last;
+  int64_t kv_head;
+  int64_t begin, end;  // its queries
+  float* partial;      // backward: dk, then dv, each [last - first, padded d], of a document with several tasks, or null
+};
+
+template <class T>
+struct PackedAttentionKernels {
+  int64_t (*forward_scratch)(int64_t d);  // floats
+  void (*forward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
+                  Heads<const T> v, T* out, double* lse, float* scratch);
+  int64_t (*backward_scratch)(int64_t d, int64_t keys);  // keys: most that a task reads
+  void (*backward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
+                   Heads<const T> v, Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch);
+  // target[i] = sum over parts of sources[part][i], in their order.
+  void (*sum_partials)(const float* const* sources, int64_t parts, int64_t count, T* target);
+  int64_t (*padded)(int64_t d);
+};
+
+}  // namespace forge

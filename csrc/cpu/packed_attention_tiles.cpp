@@ -1,0 +1,358 @@
+// The loops of packed_attention. Softmax with a running maximum and sum (Dao et al., arXiv 2205.14135): no matrix of
+// tokens x tokens; the backward recomputes the probabilities.
+//
+// A query tile is kLanes rows of the (token, query head) pairs that share one key/value head; it is kept transposed,
+// [d, kLanes], and so are the logits, [keys, kLanes]: softmax then runs down the registers without a single shuffle, and
+// keys and values are read as they lie, as the broadcast operand of every matmul.
+#include "cpu/packed_attention.h"
+
+#include "cpu/tile_matmul.h"
+#include "cpu/vec.h"
+
+namespace forge {
+namespace FORGE_ISA {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t padded(int64_t d) { return (d + kVectorFloats - 1) / kVectorFloats * kVectorFloats; }
+
+inline int64_t first_key(const AttentionShape& s, const AttentionTask& t, int64_t query) {
+  return s.window > 0 ? larger(t.first, query - s.window + 1) : t.first;
+}
+
+inline int64_t key_end(const AttentionShape& s, const AttentionTask& t, int64_t query) {
+  if (s.causal) return query + 1;
+  return s.window > 0 ? smaller(t.last, query + s.window) : t.last;
+}
+
+// The rows of a query tile: row r of the document and key/value head is token r / group, query head r % group.
+struct Lanes {
+  int64_t count;                           // at most kLanes; the other lanes are zero and see whatever is unmasked
+  int64_t token[kLanes], head[kLanes];
+  int32_t first_key[kLanes], key_end[kLanes];  // visible keys, counted from the document's first row
+  int64_t keys_from, keys_to;              // rows of the pack that some lane sees
+  int64_t full_from, full_to;              // and those that all lanes see
+};
+
+inline void set_lanes(const AttentionShape& s, const AttentionTask& t, int64_t row, int64_t row_end, Lanes& lanes) {
+  lanes.count = smaller(kLanes, row_end - row);
+  int64_t token = row / s.group, head = row % s.group;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    lanes.token[i] = token;
+    lanes.head[i] = t.kv_head * s.group + head;
+    lanes.first_key[i] = static_cast<int32_t>(first_key(s, t, token) - t.first);
+    lanes.key_end[i] = static_cast<int32_t>(key_end(s, t, token) - t.first);
+    if (++head == s.group) {
+      head = 0;
+      ++token;
+    }
+  }
+  const int64_t first = lanes.token[0], last = lanes.token[lanes.count - 1];
+  lanes.keys_from = first_key(s, t, first);
+  lanes.keys_to = key_end(s, t, last);
+  lanes.full_from = first_key(s, t, last);
+  lanes.full_to = key_end(s, t, first);
+}
+
+// [rows, d] -> float32 [rows, stride], columns past d zero.
+template <class T>
+void widen(const T* x, int64_t x_stride, int64_t rows, int64_t d, float* y, int64_t y_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = x + r * x_stride;
+    float* to = y + r * y_stride;
+#pragma omp simd
+    for (int64_t i = 0; i < d; ++i) to[i] = to_float(from[i]);
+    for (int64_t i = d; i < y_stride; ++i) to[i] = 0;
+  }
+}
+
+// Rows of the lanes, times factor -> rows [kLanes, stride]; lanes that do not count are zero.
+template <class T>
+void gather(const Lanes& lanes, Heads<const T> x, int64_t d, float factor, float* rows, int64_t stride) {
+  for (int64_t i = 0; i < lanes.count; ++i) {
+    const T* from = x.data + lanes.token[i] * x.token_stride + lanes.head[i] * x.head_stride;
+    float* to = rows + i * stride;
+#pragma omp simd
+    for (int64_t j = 0; j < d; ++j) to[j] = to_float(from[j]) * factor;
+    for (int64_t j = d; j < stride; ++j) to[j] = 0;
+  }
+  for (int64_t i = lanes.count * stride; i < kLanes * stride; ++i) rows[i] = 0;
+}
+
+// [kLanes, stride] -> [d, kLanes]
+inline void transpose_lanes(const float* rows, int64_t stride, int64_t d, float* columns) {
+  for (int64_t i = 0; i < kLanes; i += 16) {
+    for (int64_t j = 0; j < d; ++j) {
+#pragma omp simd
+      for (int64_t l = 0; l < 16; ++l) columns[j * kLanes + i + l] = rows[(i + l) * stride + j];
+    }
+  }
+}
+
+// [d, kLanes] times factor [kLanes], rounded -> rows of the lanes in y [tokens, heads, d]; rows: room for [kLanes, stride].
+template <class T>
+void scatter(const Lanes& lanes, float* columns, const float* factor, int64_t heads, int64_t d, float* rows,
+             int64_t stride, T* y) {
+  for (int64_t j = 0; j < d; ++j) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) columns[j * kLanes + i] *= factor[i];
+  }
+  for (int64_t j = 0; j < d; ++j) {
+    for (int64_t i = 0; i < kLanes; ++i) rows[i * stride + j] = columns[j * kLanes + i];
+  }
+  for (int64_t i = 0; i < lanes.count; ++i) {
+    T* to = y + (lanes.token[i] * heads + lanes.head[i]) * d;
+#pragma omp simd
+    for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(rows[i * stride + j]);
+  }
+}
+
+// Caps the logits [keys, kLanes]; with slope, writes d cap / d logit.
+inline void cap(float* logits, float* slope, int64_t keys, float softcap) {
+  const float inverse = 1.0f / softcap;
+#pragma omp simd
+  for (int64_t i = 0; i < keys * kLanes; ++i) {
+    const float t = tanh_approx(logits[i] * inverse);
+    logits[i] = softcap * t;
+    if (slope != nullptr) slope[i] = 1.0f - t * t;
+  }
+}
+
+inline void mask(const Lanes& lanes, int64_t from, int64_t keys, float hidden, float* x) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const int32_t key = static_cast<int32_t>(from + j);
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const float value = x[j * kLanes + i];
+      x[j * kLanes + i] = (key >= lanes.first_key[i]) & (key < lanes.key_end[i]) ? value : hidden;
+    }
+  }
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------------
+
+// Next keys of the running softmax: logits [keys, kLanes] become probabilities relative to the new maximum; `decay` is
+// what earlier sums shrink by.
+inline void softmax_step(float* logits, int64_t keys, float* maximum, float* sum, float* decay) {
+  float highest[kLanes], part[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) highest[i] = maximum[i];
+  for (int64_t j = 0; j < keys; ++j) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const float x = logits[j * kLanes + i];
+      highest[i] = highest[i] < x ? x : highest[i];
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes; ++i) {
+    decay[i] = highest[i] > maximum[i] ? exp_approx(maximum[i] - highest[i]) : 1.0f;
+    maximum[i] = highest[i];
+    // A lane that has seen no key yet: subtracting 0 makes its hidden keys weigh 0.
+    highest[i] = highest[i] > -__builtin_inff() ? highest[i] : 0.0f;
+    part[i] = 0;
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const float p = exp_approx(logits[j * kLanes + i] - highest[i]);
+      logits[j * kLanes + i] = p;
+      part[i] += p;
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes; ++i) sum[i] = sum[i] * decay[i] + part[i];
+}
+
+inline int64_t forward_scratch(int64_t d) {
+  return kLanes * (padded(d) + 2 * d + kKeys + 3) + 2 * kKeys * padded(d);
+}
+
+template <class T>
+void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, Heads<const T> k, Heads<const T> v, T* out,
+             double* lse, float* scratch) {
+  const int64_t d = s.d, stride = padded(d);
+  float* rows = scratch;
+  float* q_columns = rows + kLanes * stride;
+  float* o_columns = q_columns + kLanes * d;
+  float* logits = o_columns + kLanes * d;
+  float* keys = logits + kLanes * kKeys;
+  float* values = keys + kKeys * stride;
+  float* maximum = values + kKeys * stride;
+  float* sum = maximum + kLanes;
+  float* decay = sum + kLanes;
+  Lanes lanes;
+  for (int64_t row = t.begin * s.group; row < t.end * s.group; row += kLanes) {
+    set_lanes(s, t, row, t.end * s.group, lanes);
+    gather(lanes, q, d, s.scale, rows, stride);
+    transpose_lanes(rows, stride, d, q_columns);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      maximum[i] = -__builtin_inff();
+      sum[i] = 0;
+    }
+    for (int64_t from = lanes.keys_from; from < lanes.keys_to; from += kKeys) {
+      const int64_t count = smaller(kKeys, lanes.keys_to - from);
+      widen(k.data + from * k.token_stride + t.kv_head * k.head_stride, k.token_stride, count, d, keys, stride);
+      widen(v.data + from * v.token_stride + t.kv_head * v.head_stride, v.token_stride, count, d, values, stride);
+      tile_matmul({keys, stride, 1}, q_columns, kLanes, logits, kLanes, count, kLanes, d, false);
+      if (s.softcap > 0) cap(logits, nullptr, count, s.softcap);
+      if (from < lanes.full_from || from + count > lanes.full_to) {
+        mask(lanes, from - t.first, count, -__builtin_inff(), logits);
+      }
+      softmax_step(logits, count, maximum, sum, decay);
+      tile_matmul({values, 1, stride}, logits, kLanes, o_columns, kLanes, d, kLanes, count, from > lanes.keys_from, decay);
+    }
+    for (int64_t i = 0; i < lanes.count; ++i) {
+      lse[lanes.head[i] * s.tokens + lanes.token[i]] = maximum[i] + __builtin_log(static_cast<double>(sum[i]));
+    }
+    for (int64_t i = 0; i < kLanes; ++i) sum[i] = 1.0f / sum[i];
+    scatter(lanes, o_columns, sum, s.q_heads, d, rows, stride, out);
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------------
+
+inline int64_t backward_scratch(int64_t d, int64_t keys) {
+  return kLanes * (2 * padded(d) + 3 * d + 3 * keys + 3) + 4 * keys * padded(d);
+}
+
+// D = sum(P * (dout v^T)) / sum(P) of each lane. The usual sum(dout * out) is the same number, but here the rounding
+// errors of dout v^T are the ones that it is subtracted from: with one dominant key they cancel.
+inline void row_offsets(const float* p, const float* dp, int64_t keys, float* offset) {
+  // Few keys at a time in float32: a long sum would round every small term to the size of the dominant one.
+  constexpr int64_t kBlock = 16;
+  double sum[kLanes] = {}, weighted[kLanes] = {};
+  for (int64_t from = 0; from < keys; from += kBlock) {
+    const int64_t to = smaller(keys, from + kBlock);
+    float block_sum[kLanes] = {}, block_weighted[kLanes] = {};
+    for (int64_t j = from; j < to; ++j) {
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) {
+        block_sum[i] += p[j * kLanes + i];
+        block_weighted[i] += p[j * kLanes + i] * dp[j * kLanes + i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sum[i] += static_cast<double>(block_sum[i]);
+      weighted[i] += static_cast<double>(block_weighted[i]);
+    }
+  }
+  for (int64_t i = 0; i < kLanes; ++i) offset[i] = static_cast<float>(weighted[i] / sum[i]);
+}
+
+// Queries [begin, end) of one document and key/value head: their dq, and what they give to dk and dv. With P the
+// probabilities: dS = P * (dout v^T - D) * slope of the cap; dq = scale dS k; dk = scale dS^T q; dv = P^T dout
+// (arXiv 2205.14135, appendix B.4).
+template <class T>
+void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, Heads<const T> k, Heads<const T> v,
+              Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch) {
+  const int64_t d = s.d, stride = padded(d);
+  const int64_t key_from = first_key(s, t, t.begin), key_count = key_end(s, t, t.end - 1) - key_from;
+  float* keys = scratch;
+  float* values = keys + key_count * stride;
+  float* dkeys = values + key_count * stride;
+  float* dvalues = dkeys + key_count * stride;
+  float* q_rows = dvalues + key_count * stride;
+  float* dout_rows = q_rows + kLanes * stride;
+  float* q_columns = dout_rows + kLanes * stride;
+  float* dout_columns = q_columns + kLanes * d;
+  float* dq_columns = dout_columns + kLanes * d;
+  float* offset = dq_columns + kLanes * d;
+  float* log_sum = offset + kLanes;
+  float* rounding = log_sum + kLanes;
+  float* p = rounding + kLanes;  // of all visible keys
+  float* ds = p + kLanes * key_count;
+  float* slope = ds + kLanes * key_count;
+  if (t.partial != nullptr) {
+    dkeys = t.partial + (key_from - t.first) * stride;
+    dvalues = dkeys + (t.last - t.first) * stride;
+  }
+  widen(k.data + key_from * k.token_stride + t.kv_head * k.head_stride, k.token_stride, key_count, d, keys, stride);
+  widen(v.data + key_from * v.token_stride + t.kv_head * v.head_stride, v.token_stride, key_count, d, values, stride);
+  for (int64_t i = 0; i < key_count * stride; ++i) dkeys[i] = dvalues[i] = 0;
+
+  Lanes lanes;
+  for (int64_t row = t.begin * s.group; row < t.end * s.group; row += kLanes) {
+    set_lanes(s, t, row, t.end * s.group, lanes);
+    gather(lanes, q, d, s.scale, q_rows, stride);
+    transpose_lanes(q_rows, stride, d, q_columns);
+    gather(lanes, dout, d, 1.0f, dout_rows, stride);
+    transpose_lanes(dout_rows, stride, d, dout_columns);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      // Lanes past the last row have q = dout = 0 and a visible key: they add exact zeros.
+      const double exact = i < lanes.count ? lse[lanes.head[i] * s.tokens + lanes.token[i]] : 0.0;
+      log_sum[i] = static_cast<float>(exact);
+      rounding[i] = static_cast<float>(log_sum[i] - exact);
+    }
+    for (int64_t from = lanes.keys_from; from < lanes.keys_to; from += kKeys) {
+      const int64_t count = smaller(kKeys, lanes.keys_to - from), at = (from - key_from) * stride;
+      const int64_t tile = (from - lanes.keys_from) * kLanes;
+      tile_matmul({keys + at, stride, 1}, q_columns, kLanes, p + tile, kLanes, count, kLanes, d, false);
+      tile_matmul({values + at, stride, 1}, dout_columns, kLanes, ds + tile, kLanes, count, kLanes, d, false);
+      if (s.softcap > 0) cap(p + tile, slope + tile, count, s.softcap);
+      if (from < lanes.full_from || from + count > lanes.full_to) {
+        mask(lanes, from - t.first, count, -__builtin_inff(), p + tile);
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        float* x = p + tile + j * kLanes;
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i) {
+          // e^(x - lse) = e^(x - log_sum) e^rounding, the last factor to first order.
+          const float rounded = exp_approx(x[i] - log_sum[i]);
+          x[i] = rounded + rounded * rounding[i];
+        }
+      }
+    }
+    row_offsets(p, ds, lanes.keys_to - lanes.keys_from, offset);
+    for (int64_t from = lanes.keys_from; from < lanes.keys_to; from += kKeys) {
+      const int64_t count = smaller(kKeys, lanes.keys_to - from), at = (from - key_from) * stride;
+      const int64_t tile = (from - lanes.keys_from) * kLanes;
+      for (int64_t j = 0; j < count; ++j) {
+        const float* x = p + tile + j * kLanes;
+        float* dx = ds + tile + j * kLanes;
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i) dx[i] = x[i] * (dx[i] - offset[i]);
+      }
+      if (s.softcap > 0) {
+#pragma omp simd
+        for (int64_t i = tile; i < tile + count * kLanes; ++i) ds[i] *= slope[i];
+      }
+      tile_matmul({keys + at, 1, stride}, ds + tile, kLanes, dq_columns, kLanes, d, kLanes, count,
+                  from > lanes.keys_from);
+      tile_matmul({ds + tile, kLanes, 1}, q_rows, stride, dkeys + at, stride, count, stride, lanes.count, true);
+      tile_matmul({p + tile, kLanes, 1}, dout_rows, stride, dvalues + at, stride, count, stride, lanes.count, true);
+    }
+    for (int64_t i = 0; i < kLanes; ++i) offset[i] = s.scale;
+    scatter(lanes, dq_columns, offset, s.q_heads, d, q_rows, stride, dq);
+  }
+  if (t.partial != nullptr) return;
+  const int64_t kv_heads = s.q_heads / s.group;
+  for (int64_t r = 0; r < key_count; ++r) {
+    const int64_t to = ((key_from + r) * kv_heads + t.kv_head) * d;
+#pragma omp simd
+    for (int64_t j = 0; j < d; ++j) {
+      dk[to + j] = from_float<T>(dkeys[r * stride + j]);
+      dv[to + j] = from_float<T>(dvalues[r * stride + j]);
+    }
+  }
+}
+
+template <class T>
+void sum_partials(const float* const* sources, int64_t parts, int64_t count, T* target) {
+  for (int64_t i = 0; i < count; ++i) {
+    float sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += sources[part][i];
+    target[i] = from_float<T>(sum);
+  }
+}
+
+template <class T>
+constexpr PackedAttentionKernels<T> table{&forward_scratch, &forward<T>, &backward_scratch, &backward<T>,
+                                          &sum_partials<T>, &padded};
+const RegisterKernels<PackedAttentionKernels<float>> register_float(table<float>);
+const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16(table<bf16>);
+
+}  // namespace
+}  // namespace FORGE_ISA
+}  // namespace forge
