@@ -32,8 +32,8 @@ AttentionShape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, c
                 (x == &k ? "k" : "v"), "a tensor of " << x->dim() << " dimensions, " << toString(x->scalar_type()),
                 "[tokens, kv_heads, d] with tokens, d and dtype of q, kv_heads a divisor of q_heads");
   }
-  FORGE_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0, "cu_seqlens",
-              toString(cu_seqlens.scalar_type()) << " of " << cu_seqlens.numel() << " elements",
+  FORGE_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0,
+              "cu_seqlens", toString(cu_seqlens.scalar_type()) << " of " << cu_seqlens.numel() << " elements",
               "int32 [documents + 1]");
   const int32_t* bounds = data<int32_t>(cu_seqlens);
   const int64_t documents = cu_seqlens.numel() - 1;
@@ -133,8 +133,8 @@ void zero_tail(const Tensor& x, int64_t first) {
 }
 
 std::tuple<Tensor, Tensor> packed_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-                                            const Tensor& cu_seqlens_any, const std::optional<Tensor>& tiles, bool causal,
-                                            int64_t window, double softcap, double scale) {
+                                            const Tensor& cu_seqlens_any, const std::optional<Tensor>& tiles,
+                                            bool causal, int64_t window, double softcap, double scale) {
   const Tensor cu_seqlens = as_contiguous(cu_seqlens_any);
   const AttentionShape shape = check_inputs(q_any, k_any, v_any, cu_seqlens, causal, window, softcap, scale);
   const Tensor q = with_unit_stride(q_any), k = with_unit_stride(k_any), v = with_unit_stride(v_any);
@@ -147,8 +147,8 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& q_any, const Tensor& k
   dispatch_float_bf16(q, "q", [&]<class T>() {
     const auto& kernel = kernels<PackedAttentionKernels<T>>();
     run_tasks(tasks, kernel.forward_scratch(shape.d), [&](const AttentionTask& task, float* scratch) {
-      kernel.forward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), mutable_data<T>(out), mutable_data<double>(lse),
-                     scratch);
+      kernel.forward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), mutable_data<T>(out),
+                     mutable_data<double>(lse), scratch);
     });
     zero_tail<T>(out, bounds[documents]);
   });

@@ -24,15 +24,15 @@ struct AttentionShape {
   float scale, softcap;  // softcap 0: none
 };
 
-// lse, the logarithm of the sum of exponentials, is float64 [q_heads, tokens]: its rounding would be a factor of a whole
-// row of probabilities in the backward.
+// lse, the logarithm of the sum of exponentials, is float64 [q_heads, tokens]: in the backward its rounding would be a
+// factor of a whole row of probabilities.
 
 // Work on one document, the rows [first, last) of the pack, and one key/value head.
 struct AttentionTask {
   int64_t first, last;
   int64_t kv_head;
   int64_t begin, end;  // its queries
-  float* partial;      // backward: dk, then dv, each [last - first, padded d], of a document with several tasks, or null
+  float* partial;      // backward: dk, then dv, each [last - first, padded d], of a document of several tasks
 };
 
 template <class T>

@@ -2,8 +2,8 @@
 // tokens x tokens; the backward recomputes the probabilities.
 //
 // A query tile is kLanes rows of the (token, query head) pairs that share one key/value head; it is kept transposed,
-// [d, kLanes], and so are the logits, [keys, kLanes]: softmax then runs down the registers without a single shuffle, and
-// keys and values are read as they lie, as the broadcast operand of every matmul.
+// [d, kLanes], and so are the logits, [keys, kLanes]: softmax then runs down the registers without a single shuffle,
+// and keys and values are read as they lie, as the broadcast operand of every matmul.
 #include "cpu/packed_attention.h"
 
 #include "cpu/tile_matmul.h"
@@ -90,7 +90,8 @@ inline void transpose_lanes(const float* rows, int64_t stride, int64_t d, float*
   }
 }
 
-// [d, kLanes] times factor [kLanes], rounded -> rows of the lanes in y [tokens, heads, d]; rows: room for [kLanes, stride].
+// [d, kLanes] times factor [kLanes], rounded -> rows of the lanes in y [tokens, heads, d]. rows: [kLanes, stride] of
+// room.
 template <class T>
 void scatter(const Lanes& lanes, float* columns, const float* factor, int64_t heads, int64_t d, float* rows,
              int64_t stride, T* y) {
@@ -130,7 +131,7 @@ inline void mask(const Lanes& lanes, int64_t from, int64_t keys, float hidden, f
   }
 }
 
-// ---- forward ------------------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------------------------------
 
 // Next keys of the running softmax: logits [keys, kLanes] become probabilities relative to the new maximum; `decay` is
 // what earlier sums shrink by.
@@ -169,8 +170,8 @@ inline int64_t forward_scratch(int64_t d) {
 }
 
 template <class T>
-void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, Heads<const T> k, Heads<const T> v, T* out,
-             double* lse, float* scratch) {
+void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, Heads<const T> k, Heads<const T> v,
+             T* out, double* lse, float* scratch) {
   const int64_t d = s.d, stride = padded(d);
   float* rows = scratch;
   float* q_columns = rows + kLanes * stride;
@@ -200,7 +201,8 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, 
         mask(lanes, from - t.first, count, -__builtin_inff(), logits);
       }
       softmax_step(logits, count, maximum, sum, decay);
-      tile_matmul({values, 1, stride}, logits, kLanes, o_columns, kLanes, d, kLanes, count, from > lanes.keys_from, decay);
+      tile_matmul({values, 1, stride}, logits, kLanes, o_columns, kLanes, d, kLanes, count,
+                  from > lanes.keys_from, decay);
     }
     for (int64_t i = 0; i < lanes.count; ++i) {
       lse[lanes.head[i] * s.tokens + lanes.token[i]] = maximum[i] + __builtin_log(static_cast<double>(sum[i]));
@@ -210,7 +212,7 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, 
   }
 }
 
-// ---- backward -----------------------------------------------------------------------------------------------------------
+// ---- backward ---------------------------------------------------------------------------------------------------------
 
 inline int64_t backward_scratch(int64_t d, int64_t keys) {
   return kLanes * (2 * padded(d) + 3 * d + 3 * keys + 3) + 4 * keys * padded(d);

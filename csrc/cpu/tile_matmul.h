@@ -95,8 +95,8 @@ void matmul_last_rows(const TileA& a, const float* b, int64_t b_stride, float* c
   }
 }
 
-// c [rows, columns] = (accumulate ? c * column_scale : 0) + a [rows, depth] b [depth, columns]; columns is a multiple of
-// kVectorFloats and column_scale [columns] is optional. Terms are added in the order of depth.
+// c [rows, columns] = (accumulate ? c * column_scale : 0) + a [rows, depth] b [depth, columns]; columns: a multiple of
+// kVectorFloats; column_scale [columns] is optional. Terms are added in the order of depth, earlier sums last.
 inline void tile_matmul(const TileA& a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
                         int64_t columns, int64_t depth, bool accumulate, const float* column_scale = nullptr) {
   const int64_t vectors = columns / kVectorFloats;
