@@ -131,7 +131,7 @@ inline void mask(const Lanes& lanes, int64_t from, int64_t keys, float hidden, f
   }
 }
 
-// ---- forward ----------------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------------------
 
 // Next keys of the running softmax: logits [keys, kLanes] become probabilities relative to the new maximum; `decay` is
 // what earlier sums shrink by.
@@ -212,7 +212,7 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, 
   }
 }
 
-// ---- backward ---------------------------------------------------------------------------------------------------------
+// ---- backward ----------------------------------------------------------------------------------------------
 
 inline int64_t backward_scratch(int64_t d, int64_t keys) {
   return kLanes * (2 * padded(d) + 3 * d + 3 * keys + 3) + 4 * keys * padded(d);
