@@ -206,8 +206,8 @@ def packed_attention(
     outputs = []
     # The extra empty document keeps the result differentiable when there is no other.
     for begin, end in pairwise([0, *bounds]):
-        document = (x[begin:end].to(compute_dtype(q)) for x in (q, k, v))
-        outputs.append(_attend(*document, causal, window, softcap, scale).to(q.dtype))
+        q_doc, k_doc, v_doc = (x[begin:end].to(compute_dtype(q)) for x in (q, k, v))
+        outputs.append(_attend(q_doc, k_doc, v_doc, causal, window, softcap, scale).to(q.dtype))
     outputs.append(torch.zeros_like(q[bounds[-1] :]))
     return torch.cat(outputs)
 
