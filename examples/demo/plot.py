@@ -55,7 +55,7 @@ def plot_retention(arms: Sequence[Arm], nearest_neighbour: float, path: Path) ->
     lost.axhspan(-MAX_UNSEEN_RISE, MAX_UNSEEN_RISE, color="#009E73", alpha=0.15, linewidth=0)
     lost.axhline(0, color=SOFT, linewidth=1)
     low, high = lost.get_ylim()
-    lost.set_ylim(min(low, -2.0), high + 0.12 * (high - low))
+    lost.set_ylim(min(low, -0.09 * high - MAX_UNSEEN_RISE), high + 0.12 * (high - low))  # room for the labels
     lost.annotate(
         f"within {MAX_UNSEEN_RISE:.0f} % of the base",
         (0.01, -MAX_UNSEEN_RISE),

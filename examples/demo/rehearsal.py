@@ -27,8 +27,8 @@ MIN_ANSWER_CHARACTERS = 20
 class RehearsalOptions:
     """How the answers are sampled. All of it is part of the cache key."""
 
-    prompts: int = 416
-    max_new_tokens: int = 160
+    prompts: int = 448
+    max_new_tokens: int = 144
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0

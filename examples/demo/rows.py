@@ -24,7 +24,7 @@ class Row:
             share) is left out, so that it does not count as overlap.
     """
 
-    data: Mapping[str, str]
+    data: Mapping[str, str | float]
     content: str
 
 

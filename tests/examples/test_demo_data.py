@@ -41,6 +41,7 @@ def test_chapters_are_parsed_with_their_nested_diagnoses() -> None:
     assert domain.parse_tabular(TABULAR) == [
         Diagnosis(1, "A00", "Cholera"),
         Diagnosis(1, "A00.0", "Cholera due to Vibrio cholerae"),
+        Diagnosis(1, "A00.0", "Classical cholera", synonym=True),
         Diagnosis(2, "C00", "Malignant neoplasm of lip"),
     ]
 
@@ -56,6 +57,13 @@ def test_the_split_is_balanced_and_shares_no_category() -> None:
     assert len({row.category for row in split.train}) >= 16  # rows are spread over categories
 
 
+def test_synonyms_serve_in_training_only() -> None:
+    rows_ = made_up_diagnoses()
+    rows_ += [Diagnosis(row.chapter, row.code, f"other name of {row.text}", synonym=True) for row in rows_]
+    split = domain.split_by_category(rows_, chapters=CHAPTERS, train_per_chapter=80, test_per_chapter=10)
+    assert any(row.synonym for row in split.train) and not any(row.synonym for row in split.test)
+
+
 def test_one_text_in_two_categories_comes_once() -> None:
     twins = [Diagnosis(row.chapter, row.code, row.text.split(" form ")[0]) for row in made_up_diagnoses()]
     twins += [Diagnosis(1, f"A9{i}", "A disease 1") for i in range(9)]
@@ -65,7 +73,7 @@ def test_one_text_in_two_categories_comes_once() -> None:
 
 
 def test_too_few_diagnoses_are_an_error_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"chapter 1 \(Infectious diseases\): 18 usable test diagnoses, 50 asked for"):
+    with pytest.raises(ValueError, match=r"chapter 1 \(Infectious diseases\): 12 usable test diagnoses, 50 asked for"):
         domain.split_by_category(made_up_diagnoses(), chapters=CHAPTERS, test_per_chapter=50)
 
 
@@ -78,7 +86,8 @@ def test_nearest_neighbour_finds_look_alikes_and_only_those() -> None:
 def test_rows_ask_for_the_label() -> None:
     row = domain.to_row(Diagnosis(2, "C00", "Malignant neoplasm of lip"), CHAPTERS)
     assert row["answer"] == "Neoplasms"
-    assert "Malignant neoplasm of lip" in row["question"] and "(Infectious diseases or Neoplasms)?" in row["question"]
+    question = str(row["question"])
+    assert "Malignant neoplasm of lip" in question and "(Infectious diseases or Neoplasms)?" in question
 
 
 SENTENCE = "the quick brown fox jumps over the lazy dog near the old mill"
@@ -144,7 +153,7 @@ def test_prose_is_prose_and_split_by_topic() -> None:
     paragraph = "This is a paragraph of ordinary words that explains topic {} and goes on for long enough to count."
     text = "Title\n*****\n\n" + paragraph + '\n\n   if_stmt ::= "if"\n\nShort one.\n\n* a list\n  of things that ends.'
     train, held_out = general.prose({f"t{i}": text.format(i) for i in range(100)}, seed=0)
-    assert len(held_out) == general.PROSE_HELD_OUT and len(train) == 40
+    assert len(held_out) == general.PROSE_HELD_OUT and len(train) == 100 - general.PROSE_HELD_OUT
     assert all(row.data["text"].startswith("This is a paragraph") for row in train)
     assert not {row.content for row in train} & {row.content for row in held_out}
 
