@@ -41,11 +41,12 @@ def _register(d: int, backward: bool) -> None:
     lengths = document_lengths(TOKENS)
     area = sum(n * (n + 1) / 2 for n in lengths)
     passes = 3.5 if backward else 1.0  # backward counted as 2.5 times the forward
+    which = "fwd+bwd" if backward else "fwd"
     io = 2.0 * TOKENS * d * (2 * Q_HEADS + 2 * KV_HEADS)
 
     @workload(
         "packed_attention",
-        f"{TOKENS} tokens, {len(lengths)} documents, {Q_HEADS}/{KV_HEADS} heads, D {d} {'fwd+bwd' if backward else 'fwd'}",
+        f"{TOKENS} tokens, {len(lengths)} documents, {Q_HEADS}/{KV_HEADS} heads, D {d} {which}",
         flops=passes * 4.0 * d * Q_HEADS * area,
         bytes=io * (3 if backward else 1),
     )
