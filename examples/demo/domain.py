@@ -29,7 +29,7 @@ CHAPTERS: Mapping[int, str] = {
 TRAIN_PER_CHAPTER = 176
 TEST_PER_CHAPTER = 20
 TEST_CATEGORY_SHARE = 0.2
-ANSWER_WEIGHT = 20  # an answer is 2 or 3 tokens among some 70: weighted, it carries about half of the mix's loss
+ANSWER_WEIGHT = 20  # an answer is 2 or 3 tokens among some 70: weighted, they carry about two thirds of the mix's loss
 MAX_DIAGNOSIS_CHARACTERS = 90
 
 
