@@ -36,6 +36,12 @@ STABLE_TORCH_LIBRARY(forge, m) {
       " Tensor entropy, Tensor softmax, float temperature, float softcap, int ignore_index, bool need_dhidden,"
       " bool need_dhead) -> (Tensor dhidden, Tensor dhead)");
   m.def(
+      "policy_gradient_loss(Tensor hidden, Tensor lm_head, Tensor targets, Tensor advantages, Tensor? old_logprobs,"
+      " Tensor? ref_logprobs, Tensor? token_weights, Tensor? cu_seqlens, Tensor? normalizer, str objective,"
+      " float clip_low, float clip_high, float kl_coef, float entropy_coef, float temperature, float softcap,"
+      " int ignore_index, bool need_dhidden, bool need_dhead)"
+      " -> (Tensor loss, Tensor counts, Tensor sums, Tensor dhidden, Tensor dhead)");
+  m.def(
       "packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? tiles, bool causal, int window,"
       " float softcap, float scale) -> (Tensor out, Tensor lse)");
   m.def(

@@ -7,6 +7,7 @@ if __name__ == "forge_core.kernels":
     from .lora_linear import lora_linear
     from .pack import PackPlan, TokenMixer, pack_sequences
     from .packed_attention import packed_attention
+    from .policy_gradient_loss import PolicyLoss, policy_gradient_loss
     from .registry import available_backends
     from .rms_norm import rms_norm
     from .rope import rope
@@ -16,12 +17,14 @@ if __name__ == "forge_core.kernels":
 __all__ = [
     "MixingLoss",
     "PackPlan",
+    "PolicyLoss",
     "TokenMixer",
     "available_backends",
     "linear_token_logprobs",
     "lora_linear",
     "pack_sequences",
     "packed_attention",
+    "policy_gradient_loss",
     "rms_norm",
     "rope",
     "swiglu",

@@ -1,13 +1,11 @@
 """Log-probability and entropy of every token under a linear head, without the full logits."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import reference
+from .linear_head import check_linear_head, check_temperature, fake_gradients, refuse_double_backward
 from .registry import Op, cpp_reasons, no_reasons
-from .weighted_linear_cross_entropy import check_linear_head, fake_gradients, refuse_double_backward
 
 OP = Op("linear_token_logprobs")
 
@@ -45,8 +43,7 @@ def linear_token_logprobs(
             backend cannot take the inputs.
     """
     check_linear_head(hidden, lm_head, targets, softcap)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: got {temperature}, expected a finite number > 0")
+    check_temperature(temperature)
     run = OP.select(backend, hidden, lm_head)
     return run(hidden, lm_head, targets, temperature, softcap, ignore_index)
 

@@ -38,13 +38,8 @@ def weighted_linear_cross_entropy(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, then per source: weighted nll, weight, counted tokens, correct tokens."""
-    dtype = compute_dtype(hidden)
-    weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else token_weights.to(dtype)
+    weights, counted = _weights(hidden, lm_head, targets, token_weights, ignore_index)
     sources = torch.zeros_like(targets) if source_ids is None else source_ids.long()
-    kept = targets != ignore_index
-    counted = kept & (weights != 0)
-    _require((weights >= 0) & weights.isfinite(), "token_weights", weights, "a finite weight >= 0")
-    _require_targets(targets, kept, lm_head.shape[0])
     _require(~counted | ((sources >= 0) & (sources < num_sources)), "source_ids", sources, f"0 <= id < {num_sources}")
 
     logits = _logits(hidden, lm_head, counted, softcap)
@@ -52,11 +47,8 @@ def weighted_linear_cross_entropy(
     target = targets.masked_fill(~counted, 0)
     nll = log_z - logits.gather(-1, target[:, None])[:, 0]
     smoothed = (1 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(-1))
-    weights = weights * counted
-    total = weights.sum() if normalizer is None else normalizer.to(dtype).reshape(())
-    _require(((total >= 0) & total.isfinite())[None], "normalizer", total[None], "a finite number >= 0")
     per_token = smoothed + z_loss * log_z.square()
-    loss = (weights * per_token).sum() * torch.where(total > 0, 1 / total, torch.zeros_like(total))
+    loss = (weights * per_token).sum() * _inverse_normalizer(weights, normalizer)
 
     def per_source(values: Tensor) -> Tensor:
         return values.new_zeros(num_sources).index_add(0, sources.masked_fill(~counted, 0), values)
@@ -86,6 +78,97 @@ def linear_token_logprobs(
     logprob = logprobs.gather(-1, targets.masked_fill(~kept, 0)[:, None])[:, 0]
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return torch.where(kept, logprob, 0), torch.where(kept, entropy, 0)
+
+
+def policy_gradient_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    objective: str,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    entropy_coef: float,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss; counts (all, clipped low, clipped high); sums of entropy, KL to reference and old policy, ratio, max."""
+    weights, counted = _weights(hidden, lm_head, targets, token_weights, ignore_index)
+    logprob, entropy = linear_token_logprobs(
+        hidden, lm_head, targets.masked_fill(~counted, ignore_index), temperature, softcap, ignore_index
+    )
+
+    def values(argument: str, given: Tensor | None) -> Tensor:
+        if given is None:
+            return logprob.detach()
+        _require(~counted | given.isfinite(), argument, given, "a finite number")
+        return given.to(logprob.dtype).masked_fill(~counted, 0)
+
+    advantage = values("advantages", advantages)
+    token_log_ratio = logprob - values("old_logprobs", old_logprobs)
+    log_ratio = token_log_ratio
+    if cu_seqlens is not None:
+        log_ratio = _sequence_means(token_log_ratio, counted, cu_seqlens)
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    if objective == "reinforce":
+        policy, clipped_low, clipped_high = -advantage * logprob, low & False, high & False
+    elif objective == "cispo":
+        policy = -bounded.detach() * advantage * logprob
+        clipped_low, clipped_high = low & (advantage != 0), high & (advantage != 0)
+    else:
+        policy = -torch.minimum(ratio * advantage, bounded * advantage)
+        clipped_low, clipped_high = low & (advantage < 0), high & (advantage > 0)
+
+    ref_difference = values("ref_logprobs", ref_logprobs) - logprob
+    kl = ref_difference.exp() - ref_difference - 1
+    old_kl = token_log_ratio.exp() - token_log_ratio - 1
+    per_token = policy + kl_coef * kl - entropy_coef * entropy
+    loss = (weights * per_token).sum() * _inverse_normalizer(weights, normalizer)
+    sums = [(counted * x).sum() for x in (entropy, kl, old_kl, ratio)]
+    largest = torch.cat([(counted * log_ratio.abs()), log_ratio.new_zeros(1)]).max()
+    counts = torch.stack([(counted & x).sum() for x in (counted, clipped_low, clipped_high)])
+    return loss, counts, torch.stack([*sums, largest]).detach()
+
+
+def _sequence_means(values: Tensor, counted: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The mean over the counted rows of each row's sequence, in every row."""
+    rows = torch.arange(len(values), device=values.device)
+    offsets = cu_seqlens.long()
+    ordered = (offsets[:1] == 0).all() & (offsets.diff() >= 0).all() & (offsets[-1] <= len(values))
+    _require(ordered[None], "cu_seqlens", offsets[-1:], f"offsets from 0, never decreasing, up to {len(values)}")
+    _require(~counted | (rows < offsets[-1]), "cu_seqlens", rows, "every row that counts inside a document")
+    sequence = torch.bucketize(rows, offsets, right=True)
+    lengths = values.new_zeros(len(offsets) + 1).index_add(0, sequence, counted.to(values.dtype))
+    sums = values.new_zeros(len(offsets) + 1).index_add(0, sequence, values * counted)
+    return (sums / lengths.clamp(min=1))[sequence]
+
+
+def _weights(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, token_weights: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Weights, 0 in ignored rows, and which rows count."""
+    dtype = compute_dtype(hidden)
+    weights = torch.ones_like(targets, dtype=dtype) if token_weights is None else token_weights.to(dtype)
+    kept = targets != ignore_index
+    _require((weights >= 0) & weights.isfinite(), "token_weights", weights, "a finite weight >= 0")
+    _require_targets(targets, kept, lm_head.shape[0])
+    counted = kept & (weights != 0)
+    return weights * counted, counted
+
+
+def _inverse_normalizer(weights: Tensor, normalizer: Tensor | None) -> Tensor:
+    total = weights.sum() if normalizer is None else normalizer.to(weights.dtype).reshape(())
+    _require(((total >= 0) & total.isfinite())[None], "normalizer", total[None], "a finite number >= 0")
+    return torch.where(total > 0, 1 / total, torch.zeros_like(total))
 
 
 def _logits(hidden: Tensor, lm_head: Tensor, rows: Tensor, softcap: float | None) -> Tensor:

@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .linear_head import (
+    check_linear_head,
+    check_token_values,
+    fake_gradients,
+    normalizer_tensor,
+    register_gradients_of_loss,
+)
 from .registry import Op, cpp_reasons, no_reasons
 
 OP = Op("weighted_linear_cross_entropy")
@@ -75,13 +82,7 @@ def weighted_linear_cross_entropy(
             message names the row), or the named backend cannot take the inputs.
     """
     tokens = check_linear_head(hidden, lm_head, targets, softcap)
-    if token_weights is not None:
-        if token_weights.shape != (tokens,) or token_weights.dtype != torch.float32:
-            raise ValueError(
-                f"token_weights: got {token_weights.dtype} {list(token_weights.shape)}, expected float32 [{tokens}]"
-            )
-        if token_weights.requires_grad:
-            raise ValueError("token_weights: got a tensor that requires grad, expected one that does not; detach it")
+    check_token_values("token_weights", token_weights, tokens)
     if source_ids is not None and (source_ids.shape != (tokens,) or source_ids.dtype != torch.int32):
         raise ValueError(f"source_ids: got {source_ids.dtype} {list(source_ids.shape)}, expected int32 [{tokens}]")
     if num_sources < 1:
@@ -90,7 +91,7 @@ def weighted_linear_cross_entropy(
         raise ValueError(f"z_loss: got {z_loss}, expected a finite number >= 0")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected 0 <= label_smoothing <= 1")
-    total = _normalizer_tensor(normalizer, hidden)
+    total = normalizer_tensor(normalizer, hidden)
     run = OP.select(backend, hidden, lm_head)
     return MixingLoss(
         *run(
@@ -107,39 +108,6 @@ def weighted_linear_cross_entropy(
             label_smoothing,
         )
     )
-
-
-def check_linear_head(hidden: Tensor, lm_head: Tensor, targets: Tensor, softcap: float | None) -> int:
-    """Checks what all losses over a linear head have in common; returns the number of tokens."""
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden: got {hidden.dtype} {list(hidden.shape)}, expected floating point [tokens, hidden]")
-    if lm_head.dim() != 2 or lm_head.shape[1] != hidden.shape[1] or lm_head.shape[0] < 1:
-        raise ValueError(
-            f"lm_head: got shape {list(lm_head.shape)}, expected [vocab, {hidden.shape[1]}] with vocab at least 1, "
-            f"for hidden of shape {list(hidden.shape)}"
-        )
-    if lm_head.dtype != hidden.dtype:
-        raise ValueError(f"lm_head: got {lm_head.dtype}, expected the dtype of hidden, {hidden.dtype}")
-    tokens = hidden.shape[0]
-    if targets.shape != (tokens,) or targets.dtype != torch.int64:
-        raise ValueError(f"targets: got {targets.dtype} {list(targets.shape)}, expected int64 [{tokens}]")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap: got {softcap}, expected a number > 0, or None for no softcap")
-    return tokens
-
-
-def _normalizer_tensor(normalizer: Tensor | float | None, hidden: Tensor) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if not isinstance(normalizer, Tensor):
-        if not (normalizer >= 0 and math.isfinite(normalizer)):
-            raise ValueError(f"normalizer: got {normalizer}, expected a finite number >= 0")
-        return torch.full((), normalizer, dtype=reference.compute_dtype(hidden), device=hidden.device)
-    if normalizer.numel() != 1:
-        raise ValueError(f"normalizer: got a tensor of shape {list(normalizer.shape)}, expected one element")
-    if normalizer.requires_grad:
-        raise ValueError("normalizer: got a tensor that requires grad, expected one that does not; detach it")
-    return normalizer
 
 
 def _run_compiled(
@@ -203,29 +171,4 @@ def _fake(
     )
 
 
-def fake_gradients(hidden: Tensor, lm_head: Tensor, need_dhidden: bool, need_dhead: bool) -> tuple[Tensor, Tensor]:
-    """Shapes of dhidden and dhead, empty where they are not asked for."""
-    return hidden.new_empty(hidden.shape if need_dhidden else (0,)), lm_head.new_empty(
-        lm_head.shape if need_dhead else (0,)
-    )
-
-
-def refuse_double_backward(op: str) -> None:
-    """Raises instead of returning second derivatives that leave out the op's own."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: got a backward with create_graph=True, expected a first derivative only")
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[5], output[6])
-    ctx.needs = inputs[11:]
-
-
-def _backward(ctx, dloss: Tensor, *_):  # type: ignore[no-untyped-def]
-    refuse_double_backward("weighted_linear_cross_entropy")
-    gradients = [g * dloss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-    return *gradients, *[None] * 11
-
-
-torch.library.register_autograd("forge::weighted_linear_cross_entropy", _backward, setup_context=_setup_context)
+register_gradients_of_loss("weighted_linear_cross_entropy")

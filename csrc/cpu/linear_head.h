@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #if defined(__linux__)
@@ -27,17 +26,6 @@ inline int64_t check_linear_head(const Tensor& hidden, const Tensor& lm_head, co
               "targets", toString(targets.scalar_type()) << " with " << targets.numel() << " elements",
               "int64 [" << hidden.size(0) << "]");
   return hidden.size(0);
-}
-
-inline void check_target(int64_t target, int64_t row, int64_t vocab) {
-  FORGE_CHECK(target >= 0 && target < vocab, "targets", target << " in row " << row,
-              "0 <= target < " << vocab << " or ignore_index");
-}
-
-inline void check_vector(const Tensor& x, const char* argument, ScalarType dtype, int64_t length) {
-  FORGE_CHECK(x.scalar_type() == dtype && x.dim() == 1 && x.numel() == length, argument,
-              toString(x.scalar_type()) << " with " << x.numel() << " elements",
-              toString(dtype) << " [" << length << "]");
 }
 
 // Asks for large pages before the first touch: 100 MB of logits are 25 000 page faults otherwise, a third of the time of

@@ -72,56 +72,25 @@ const RegisterKernels<CrossEntropyKernels<bf16>> register_bf16({&rows<bf16>});
 
 #if FORGE_ISA_LEVEL == 0
 
-#include <cmath>
-
+#include "cpu/counted_rows.h"
 #include "cpu/linear_head.h"
 
 namespace forge {
 namespace {
 
-struct Counted {
-  std::vector<int64_t> rows, targets;
-  std::vector<float> weights;
-  std::vector<int32_t> sources;
-  double weight_sum = 0;
-};
-
-// The rows that reach the matmuls. Checks every value that is used as an index or would poison the sums.
-Counted count_rows(const Tensor& targets_any, const std::optional<Tensor>& weights_any,
-                   const std::optional<Tensor>& sources_any, int64_t num_sources, int64_t vocab, int64_t ignore_index) {
-  const int64_t tokens = targets_any.numel();
-  const Tensor targets = as_contiguous(targets_any);
-  if (weights_any) check_vector(*weights_any, "token_weights", ScalarType::Float, tokens);
-  if (sources_any) check_vector(*sources_any, "source_ids", ScalarType::Int, tokens);
-  const Tensor weights = weights_any ? as_contiguous(*weights_any) : targets;
-  const Tensor sources = sources_any ? as_contiguous(*sources_any) : targets;
-  Counted counted;
-  for (int64_t i = 0; i < tokens; ++i) {
-    const float weight = weights_any ? data<float>(weights)[i] : 1.0f;
-    FORGE_CHECK(std::isfinite(weight) && weight >= 0, "token_weights", weight << " in row " << i,
-                "a finite weight >= 0");
-    const int64_t target = data<int64_t>(targets)[i];
-    if (target == ignore_index) continue;
-    check_target(target, i, vocab);
-    if (weight == 0) continue;
-    const int32_t source = sources_any ? data<int32_t>(sources)[i] : 0;
-    FORGE_CHECK(source >= 0 && source < num_sources, "source_ids", source << " in row " << i,
+// The source of every row that counts; no source_ids: source 0.
+std::vector<int32_t> sources_of(const CountedRows& counted, const std::optional<Tensor>& source_ids, int64_t tokens,
+                                int64_t num_sources) {
+  std::vector<int32_t> sources(counted.count());
+  if (!source_ids) return sources;
+  check_vector(*source_ids, "source_ids", ScalarType::Int, tokens);
+  const Tensor ids = as_contiguous(*source_ids);
+  for (size_t i = 0; i < sources.size(); ++i) {
+    sources[i] = data<int32_t>(ids)[counted.rows[i]];
+    FORGE_CHECK(sources[i] >= 0 && sources[i] < num_sources, "source_ids", sources[i] << " in row " << counted.rows[i],
                 "0 <= id < " << num_sources);
-    counted.rows.push_back(i);
-    counted.targets.push_back(target);
-    counted.weights.push_back(weight);
-    counted.sources.push_back(source);
-    counted.weight_sum += static_cast<double>(weight);
   }
-  return counted;
-}
-
-double read_normalizer(const Tensor& normalizer) {
-  FORGE_CHECK(normalizer.numel() == 1, "normalizer", normalizer.numel() << " elements", "one");
-  const Tensor wide = torch::stable::to(normalizer, ScalarType::Double);
-  const double value = *data<double>(wide);
-  FORGE_CHECK(std::isfinite(value) && value >= 0, "normalizer", value, "a finite number >= 0");
-  return value;
+  return sources;
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -131,15 +100,15 @@ Outputs weighted_linear_cross_entropy(const Tensor& hidden_any, const Tensor& lm
                                       int64_t num_sources, std::optional<Tensor> normalizer, int64_t ignore_index,
                                       double softcap, double z_loss, double label_smoothing, bool need_dhidden,
                                       bool need_dhead) {
-  check_linear_head(hidden_any, lm_head_any, targets);
+  const int64_t tokens = check_linear_head(hidden_any, lm_head_any, targets);
   FORGE_CHECK(num_sources >= 1, "num_sources", num_sources, "at least 1");
   const Tensor hidden = as_contiguous(hidden_any), lm_head = as_contiguous(lm_head_any);
   const int64_t vocab = lm_head.size(0);
-  const Counted counted = count_rows(targets, token_weights, source_ids, num_sources, vocab, ignore_index);
-  const double total = normalizer ? read_normalizer(*normalizer) : counted.weight_sum;
-  const double inverse = total > 0 ? 1.0 / total : 0.0;
+  const CountedRows counted = count_rows(targets, token_weights, vocab, ignore_index);
+  const std::vector<int32_t> sources = sources_of(counted, source_ids, tokens, num_sources);
+  const double inverse = inverse_normalizer(normalizer, counted);
 
-  const size_t count = counted.rows.size();
+  const size_t count = counted.count();
   std::vector<float> scale(count), nll(count), token_loss(count);
   const Tensor correct_rows = new_tensor({static_cast<int64_t>(count)}, ScalarType::Bool);
   bool* correct = mutable_data<bool>(correct_rows);
@@ -170,7 +139,7 @@ Outputs weighted_linear_cross_entropy(const Tensor& hidden_any, const Tensor& lm
   Tensor correct_count = new_zeros({num_sources}, ScalarType::Long);
   double loss_sum = 0;
   for (size_t i = 0; i < count; ++i) {
-    const int32_t source = counted.sources[i];
+    const int32_t source = sources[i];
     const double weight = static_cast<double>(counted.weights[i]);
     loss_sum += weight * static_cast<double>(token_loss[i]);
     nll_sum[source] += weight * static_cast<double>(nll[i]);

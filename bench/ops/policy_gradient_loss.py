@@ -1,0 +1,61 @@
+"""policy_gradient_loss with a frozen head, forward and backward, against full logits in torch."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.registry import Candidates, Thunk, workload
+from forge_core.kernels import policy_gradient_loss
+
+SHAPES = [(2048, 576, 49152), (512, 1024, 32000)]
+KL_COEF = 0.05
+
+
+def full_logits(
+    hidden: Tensor, head: Tensor, targets: Tensor, advantages: Tensor, old: Tensor, ref: Tensor, entropy_coef: float
+) -> Tensor:
+    """What RL trainers do without a fused loss: all logits, float32 log-softmax, clipped ratio, k3, entropy."""
+    logprobs = F.linear(hidden, head).float().log_softmax(-1)
+    logprob = logprobs.gather(-1, targets[:, None])[:, 0]
+    ratio = (logprob - old).exp()
+    policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    kl = (ref - logprob).exp() - (ref - logprob) - 1
+    loss = policy + KL_COEF * kl
+    if entropy_coef != 0:
+        loss = loss + entropy_coef * (logprobs.exp() * logprobs).sum(-1)
+    return loss.mean()
+
+
+def _register(tokens: int, width: int, vocab: int, entropy_coef: float) -> None:
+    bonus = " + entropy" if entropy_coef else ""
+
+    @workload(
+        "policy_gradient_loss",
+        f"{tokens}x{width}x{vocab} frozen head, clip + KL{bonus} fwd+bwd",
+        flops=4.0 * tokens * width * vocab,  # logits and dX
+        bytes=2.0 * (2 * vocab * width + 2 * tokens * width),
+    )
+    def build() -> Candidates:
+        hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        head = (torch.randn(vocab, width) / width**0.5).bfloat16()
+        targets = torch.randint(vocab, (tokens,))
+        advantages = torch.randn(tokens)
+        with torch.no_grad():
+            current = -F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
+        old, ref = (current + 0.2 * torch.randn(tokens) for _ in range(2))
+        one = torch.ones(())
+
+        def candidate(function) -> Thunk:  # type: ignore[no-untyped-def]
+            return lambda: torch.autograd.grad(function(hidden, head, targets, advantages, old, ref), hidden, one)
+
+        return {
+            "forge": candidate(
+                lambda *inputs: policy_gradient_loss(*inputs, kl_coef=KL_COEF, entropy_coef=entropy_coef).loss
+            ),
+            "full logits": candidate(lambda *inputs: full_logits(*inputs, entropy_coef)),
+        }
+
+
+for shape in SHAPES:
+    for coefficient in (0.0, 0.01):
+        _register(*shape, coefficient)

@@ -1,0 +1,90 @@
+"""What the losses over a linear head share: argument checks, shapes for the fakes, a rule of the backward."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def check_linear_head(hidden: Tensor, lm_head: Tensor, targets: Tensor, softcap: float | None) -> int:
+    """Checks what all losses over a linear head have in common; returns the number of tokens."""
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden: got {hidden.dtype} {list(hidden.shape)}, expected floating point [tokens, hidden]")
+    if lm_head.dim() != 2 or lm_head.shape[1] != hidden.shape[1] or lm_head.shape[0] < 1:
+        raise ValueError(
+            f"lm_head: got shape {list(lm_head.shape)}, expected [vocab, {hidden.shape[1]}] with vocab at least 1, "
+            f"for hidden of shape {list(hidden.shape)}"
+        )
+    if lm_head.dtype != hidden.dtype:
+        raise ValueError(f"lm_head: got {lm_head.dtype}, expected the dtype of hidden, {hidden.dtype}")
+    tokens = hidden.shape[0]
+    if targets.shape != (tokens,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets: got {targets.dtype} {list(targets.shape)}, expected int64 [{tokens}]")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: got {softcap}, expected a number > 0, or None for no softcap")
+    return tokens
+
+
+def check_temperature(temperature: float) -> None:
+    """Checks what the logits are divided by."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: got {temperature}, expected a finite number > 0")
+
+
+def check_token_values(argument: str, values: Tensor | None, tokens: int) -> None:
+    """Checks an optional float32 vector with one value per token that no gradient flows into."""
+    if values is None:
+        return
+    if values.shape != (tokens,) or values.dtype != torch.float32:
+        raise ValueError(f"{argument}: got {values.dtype} {list(values.shape)}, expected float32 [{tokens}]")
+    if values.requires_grad:
+        raise ValueError(f"{argument}: got a tensor that requires grad, expected one that does not; detach it")
+
+
+def normalizer_tensor(normalizer: Tensor | float | None, hidden: Tensor) -> Tensor | None:
+    """The normalizer as a one-element tensor in the dtype that `hidden` is computed in; None stays None."""
+    if normalizer is None:
+        return None
+    if not isinstance(normalizer, Tensor):
+        if not (normalizer >= 0 and math.isfinite(normalizer)):
+            raise ValueError(f"normalizer: got {normalizer}, expected a finite number >= 0")
+        return torch.full((), normalizer, dtype=reference.compute_dtype(hidden), device=hidden.device)
+    if normalizer.numel() != 1:
+        raise ValueError(f"normalizer: got a tensor of shape {list(normalizer.shape)}, expected one element")
+    if normalizer.requires_grad:
+        raise ValueError("normalizer: got a tensor that requires grad, expected one that does not; detach it")
+    return normalizer
+
+
+def fake_gradients(hidden: Tensor, lm_head: Tensor, need_dhidden: bool, need_dhead: bool) -> tuple[Tensor, Tensor]:
+    """Shapes of dhidden and dhead, empty where they are not asked for."""
+    return hidden.new_empty(hidden.shape if need_dhidden else (0,)), lm_head.new_empty(
+        lm_head.shape if need_dhead else (0,)
+    )
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raises instead of returning second derivatives that leave out the op's own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: got a backward with create_graph=True, expected a first derivative only")
+
+
+def register_gradients_of_loss(op: str) -> None:
+    """Autograd for an op whose last two inputs ask for dhidden and dhead and whose last two outputs are these.
+
+    They are the gradients of the first output, a scalar; the backward only multiplies by its upstream gradient.
+    """
+
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[-2:])
+        ctx.needs, ctx.inputs = inputs[-2:], len(inputs)
+
+    def backward(ctx, dloss: Tensor, *_):  # type: ignore[no-untyped-def]
+        refuse_double_backward(op)
+        gradients = [g * dloss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+        return *gradients, *[None] * (ctx.inputs - 2)
+
+    torch.library.register_autograd(f"forge::{op}", backward, setup_context=setup_context)
