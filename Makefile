@@ -1,21 +1,27 @@
 # make demo   sets up and runs the main job: two LoRA arms on real data, with and without the mix -> runs/demo/report.md
 # make test   sets up and runs the tests
+# make kernels  compiles every Triton kernel for sm_80, sm_90 and sm_100 -> docs/kernels.md
 # make check  what CI runs besides the tests: lint, format, the wheel, its types
 
 PYTHON ?= python3
 # The CPU build where pip's index has one; any installed torch >= 2.11 works: make TORCH='torch==2.11.0+cu130' ...
 TORCH ?= torch==2.13.0
+# A CUDA build of torch brings its own; a CPU build gets this one, for the interpreter and the compiles without a GPU.
+TRITON ?= triton==3.6.0
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test check lint format types setup clean
+.PHONY: demo test kernels check lint format types setup clean
 
 demo: setup
 	$(VENV)/bin/python -m examples.demo
 
 test: setup
 	$(VENV)/bin/python -m pytest -q
+
+kernels: setup
+	$(VENV)/bin/python -m forge_core.kernels.gpu.aot --output docs/kernels.md
 
 check: lint types
 
@@ -25,6 +31,7 @@ setup: $(VENV)/.installed
 $(VENV)/.packages: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt "$(TORCH)" numpy setuptools pybind11 cmake ninja
+	$(VENV)/bin/python -c "import triton" 2> /dev/null || $(PIP) install "$(TRITON)"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages $(SOURCES)

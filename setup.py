@@ -85,7 +85,7 @@ setup(
     version=version(),
     packages=[
         "forge_core", "forge_core.data", "forge_core.model", "forge_core.train", "forge_core.evaluate",
-        "forge_core.kernels",
+        "forge_core.kernels", "forge_core.kernels.gpu",
     ],
     # A top-level package named `kernels` would collide with another of that name: the folder ships inside forge_core.
     package_dir={"forge_core": "forge_core", "forge_core.kernels": "kernels"},

@@ -1,6 +1,17 @@
-"""Loads the compiled op libraries that lie beside this file, at import: torch.compile then traces without a break."""
+"""Loads the compiled op libraries that lie beside this file, at import: torch.compile then traces without a break.
 
+Torch ops live in two namespaces. `torch.ops.forge` is C++ and CUDA: csrc/ops.cpp holds the schemas. An op that also has
+Triton kernels has a twin of the same schema in `torch.ops.forge_triton`, implemented by kernels/gpu/. `register_op`
+gives both the same fake and the same backward.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,3 +36,60 @@ if _CUDA_LOADED:
 def cuda_library_loaded() -> bool:
     """Whether `_C_cuda.so`, with the CUDA kernels, is loaded."""
     return _CUDA_LOADED
+
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton reads the variable when a kernel is defined; its interpreter then runs the kernel with NumPy, tensors on the
+# CPU included. For tests only: a program costs milliseconds.
+TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+_TWINS = torch.library.Library("forge_triton", "DEF")
+
+
+def register_op(
+    name: str,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    *,
+    gpu: str | None = None,
+    gpu_fake: Callable[..., Any] | None = None,
+) -> None:
+    """Gives `torch.ops.forge.<name>` its fake and its backward, and the same to its Triton twin, if it has one.
+
+    Args:
+        name: of an op in csrc/ops.cpp.
+        fake: shapes, dtypes and strides of the results from those of the arguments.
+        backward: `backward(ops, ctx, *gradients)`, where ops is the namespace that the forward pass came from; None for
+            an op without gradients.
+        setup_context: keeps in ctx what backward needs.
+        gpu: module of kernels/gpu/ with a function `name` that takes the op's arguments and launches Triton kernels; it
+            is imported by the first call. None: there is no twin.
+        gpu_fake: fake of the twin, where its scratch outputs differ from those of the compiled op.
+    """
+    namespaces = {"forge": fake}
+    if gpu is not None:
+        schema = str(getattr(torch.ops.forge, name).default._schema)
+        _TWINS.define(schema.removeprefix("forge::"))
+        launch = functools.partial(_launch, gpu, name)
+        _TWINS.impl(name, launch, "CUDA")
+        if TRITON_INTERPRETED:
+            _TWINS.impl(name, launch, "CPU")
+        namespaces["forge_triton"] = gpu_fake or fake
+    for namespace, shapes in namespaces.items():
+        torch.library.register_fake(f"{namespace}::{name}", shapes)
+        if backward is not None:
+            bound = functools.partial(backward, getattr(torch.ops, namespace))
+            torch.library.register_autograd(f"{namespace}::{name}", bound, setup_context=setup_context)
+
+
+def _launch(module: str, name: str, *arguments: Any) -> Any:
+    function = _launcher(module, name)
+    first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+    with torch.cuda.device_of(first):  # Triton launches on the current device
+        return function(*arguments)
+
+
+@functools.cache
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f".gpu.{module}", __package__), name)

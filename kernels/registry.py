@@ -116,6 +116,22 @@ def cuda_reasons(*tensors: torch.Tensor | None) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
+def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
+    """What keeps the Triton kernels of kernels/gpu/ from taking these tensors: as the CUDA ops, and Triton itself."""
+    reasons = [] if library.TRITON_INSTALLED else ["triton is not installed (a CUDA build of torch comes with it)"]
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not (library.TRITON_INTERPRETED and tensor.device.type == "cpu"):
+            reasons.append(
+                f"runs on a CUDA device (with TRITON_INTERPRET=1 set before the start, interpreted on the CPU), got a "
+                f"tensor on {tensor.device}"
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            reasons.append(f"takes float32, bfloat16 and float16, got {tensor.dtype}")
+    return list(dict.fromkeys(reasons))
+
+
 def _describe(inputs: tuple[Any, ...]) -> str:
     parts = []
     for value in inputs:

@@ -1,10 +1,14 @@
 """Root-mean-square layer norm."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, cpp_reasons, cuda_reasons, no_reasons
+from .library import register_op
+from .registry import Op, cpp_reasons, cuda_reasons, no_reasons, triton_reasons
 
 OP = Op("rms_norm")
 
@@ -22,7 +26,7 @@ def rms_norm(
         weight: [d], dtype of x.
         eps: added to the mean square; > 0.
         weight_offset: 0 for most models, 1 for those that store the weight minus one (Gemma).
-        backend: "auto" tries "cpp" (CPU), "cuda", then "reference".
+        backend: "auto" tries "cpp" (CPU), "cuda", "triton", then "reference".
 
     Returns:
         [..., d], dtype of x.
@@ -39,23 +43,22 @@ def rms_norm(
     return OP.select(backend, x, weight)(x, weight, eps, weight_offset)
 
 
-def _run_compiled(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
-    return torch.ops.forge.rms_norm(x, weight, eps, weight_offset)[0]
+def _run(ops: Any, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
+    return ops.rms_norm(x, weight, eps, weight_offset)[0]
 
 
-OP.register("cpp", _run_compiled, cpp_reasons)
-OP.register("cuda", _run_compiled, cuda_reasons)
+OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("cuda", partial(_run, torch.ops.forge), cuda_reasons)
+OP.register("triton", partial(_run, torch.ops.forge_triton), triton_reasons)
 OP.register("reference", reference.rms_norm, no_reasons)
 
 
-@torch.library.register_fake("forge::rms_norm")
 def _fake(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
         x.numel() // x.shape[-1] if x.shape[-1] else 0, dtype=torch.float32
     )
 
 
-@torch.library.register_fake("forge::rms_norm_backward")
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_offset: float, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -68,11 +71,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx, dy: Tensor, _drstd: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ops, ctx, dy: Tensor, _drstd: Tensor):  # type: ignore[no-untyped-def]
     x, weight, rstd = ctx.saved_tensors
     need_dweight = ctx.needs_input_grad[1]
-    dx, dweight = torch.ops.forge.rms_norm_backward(dy, x, weight, rstd, ctx.weight_offset, need_dweight)
+    dx, dweight = ops.rms_norm_backward(dy, x, weight, rstd, ctx.weight_offset, need_dweight)
     return dx, dweight if need_dweight else None, None, None
 
 
-torch.library.register_autograd("forge::rms_norm", _backward, setup_context=_setup_context)
+register_op("rms_norm", _fake, _backward, _setup_context, gpu="rms_norm")
+register_op("rms_norm_backward", _fake_backward, gpu="rms_norm")

@@ -35,23 +35,29 @@ def assert_as_accurate(name: str, actual: Tensor, same_dtype: Tensor, reference:
     )
 
 
-def check_op(op: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Any], seed: int = 0) -> None:
-    """Compares `op(*inputs)` and all its gradients with `reference(*inputs)` under the rule.
+def check_op(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Compares `op(*inputs)` on `device` and all its gradients with `reference(*inputs)` under the rule.
 
     Inputs that are floating-point tensors are differentiated when they require grad. Both functions return a tensor or
     a tuple of tensors; the k-th differentiable output receives the same random upstream gradient in every run.
     """
     same_dtype = _run(reference, inputs, None, seed)
     wide = _run(reference, inputs, torch.float64, seed)
-    actual = _run(op, inputs, None, seed)
+    actual = _run(op, inputs, None, seed, device)
     for key in wide:
         assert_as_accurate(key, actual[key], same_dtype[key], wide[key].double())
 
 
 def _run(
-    function: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype | None, seed: int
+    function: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype | None, seed: int, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    arguments = [_leaf(value, dtype) for value in inputs]
+    arguments = [_leaf(value, dtype, device) for value in inputs]
     outputs = function(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
@@ -66,15 +72,17 @@ def _run(
         ]
         for i, gradient in enumerate(torch.autograd.grad(differentiable, leaves, upstream)):
             results[f"gradient {i}"] = gradient
-    return results
+    return {name: result.cpu() for name, result in results.items()}
 
 
-def _leaf(value: Any, dtype: torch.dtype | None) -> Any:
+def _leaf(value: Any, dtype: torch.dtype | None, device: str) -> Any:
     if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
-        return [_leaf(item, dtype) for item in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return [_leaf(item, dtype, device) for item in value]
+    if not isinstance(value, Tensor):
         return value
+    if not value.is_floating_point():
+        return value.to(device)
     # A detached copy that keeps the strides of the input: non-contiguous inputs stay non-contiguous.
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=dtype or value.dtype)
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=dtype or value.dtype, device=device)
     copy.copy_(value.detach())
     return copy.requires_grad_(value.requires_grad)

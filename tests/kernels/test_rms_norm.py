@@ -1,12 +1,17 @@
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from forge_core.kernels import library, reference, rms_norm
+from forge_core.kernels import reference, rms_norm
+from tests.backends import Backend, backends
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
-# One row, odd sizes below and above every vector width, more rows than one partial sum of dweight, no rows at all.
-SHAPES = [(1, 1), (3, 7), (5, 17), (130, 64), (2, 3, 576), (0, 8)]
+# One row, odd sizes below and above every vector width, more rows than one partial sum of dweight, rows too long to
+# keep in registers, no rows at all.
+SHAPES = [(1, 1), (3, 7), (5, 17), (130, 64), (2, 3, 576), (9, 8200), (3, 20000), (0, 8)]
+# Besides, on a GPU: rows of a warp and of a block, of one, two and four packs a thread.
+LARGE_SHAPES = [(3000, 128), (600, 576), (40, 4096), (9, 8192), (5, 40000)]
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list:
@@ -19,39 +24,54 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weight_offset", [0.0, 1.0])
-def test_matches_reference(shape: tuple[int, ...], dtype: torch.dtype, weight_offset: float) -> None:
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_matches_reference(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, weight_offset: float) -> None:
     check_op(
-        lambda x, w: rms_norm(x, w, eps=1e-5, weight_offset=weight_offset, backend="cpp"),
+        lambda x, w: rms_norm(x, w, eps=1e-5, weight_offset=weight_offset, backend=backend.name),
         lambda x, w: reference.rms_norm(x, w, 1e-5, weight_offset),
         _inputs(shape, dtype),
+        device=backend.device,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_non_contiguous(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_non_contiguous(backend: Backend, dtype: torch.dtype) -> None:
     x = torch.randn(33, 12, dtype=dtype).t().requires_grad_()
     weight = torch.randn(66, dtype=dtype)[::2].requires_grad_()
     check_op(
-        lambda x, w: rms_norm(x, w, backend="cpp"),
+        lambda x, w: rms_norm(x, w, backend=backend.name),
         lambda x, w: reference.rms_norm(x, w, 1e-6, 0.0),
         [x, weight],
+        device=backend.device,
     )
 
 
-def test_frozen_weight_gets_no_gradient() -> None:
-    x, weight = _inputs((9, 16), torch.float32)
-    rms_norm(x, weight.detach(), backend="cpp").sum().backward()
-    assert x.grad is not None and weight.grad is None
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_frozen_weight(backend: Backend, dtype: torch.dtype) -> None:
+    x, weight = _inputs((9, 16), dtype)
+    check_op(
+        lambda x, w: rms_norm(x, w, backend=backend.name),
+        lambda x, w: reference.rms_norm(x, w, 1e-6, 0.0),
+        [x, weight.detach()],
+        device=backend.device,
+    )
 
 
-def test_extreme_rows_stay_finite() -> None:
-    x = torch.tensor([[0.0] * 8, [1e-30] * 8, [1e15] * 8])
-    assert torch.isfinite(rms_norm(x, torch.ones(8), backend="cpp")).all()
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_extreme_rows_stay_finite(backend: Backend) -> None:
+    x = torch.tensor([[0.0] * 8, [1e-30] * 8, [1e15] * 8], device=backend.device)
+    assert torch.isfinite(rms_norm(x, torch.ones(8, device=backend.device), backend=backend.name)).all()
 
 
-def test_repeatable_bitwise() -> None:
-    x, weight = _inputs((300, 40), torch.bfloat16)
-    runs = [torch.autograd.grad(rms_norm(x, weight).float().square().sum(), (x, weight)) for _ in range(2)]
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_repeatable_bitwise(backend: Backend) -> None:
+    x, weight = (t.detach().to(backend.device).requires_grad_() for t in _inputs((300, 40), torch.bfloat16))
+    runs = [
+        torch.autograd.grad(rms_norm(x, weight, backend=backend.name).float().square().sum(), (x, weight))
+        for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -62,21 +82,26 @@ def test_gradcheck_reference() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (0, 8)])
-def test_opcheck(shape: tuple[int, ...]) -> None:
-    x, weight = _inputs(shape, torch.float32)
-    torch.library.opcheck(torch.ops.forge.rms_norm.default, (x, weight, 1e-6, 0.0))
-    rstd = torch.rand(shape[0])
-    torch.library.opcheck(
-        torch.ops.forge.rms_norm_backward.default, (x.detach(), x.detach(), weight.detach(), rstd, 0.0, True)
-    )
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_opcheck(backend: Backend, shape: tuple[int, ...]) -> None:
+    ops = torch.ops.forge_triton if backend.name == "triton" else torch.ops.forge
+    x, weight = (t.detach().to(backend.device).requires_grad_() for t in _inputs(shape, torch.float32))
+    torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6, 0.0))
+    rstd = torch.rand(shape[0], device=backend.device)
+    torch.library.opcheck(ops.rms_norm_backward.default, (x.detach(), x.detach(), weight.detach(), rstd, 0.0, True))
 
 
-def test_compiles_without_graph_break() -> None:
-    x, weight = _inputs((6, 16), torch.float32)
-    compiled = torch.compile(lambda x, w: rms_norm(x, w) * 2, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad((rms_norm(x, weight) * 2).sum(), (x, weight))
-    actual = torch.autograd.grad(compiled(x, weight).sum(), (x, weight))
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+@pytest.mark.parametrize("backend", backends("rms_norm"))
+def test_compiles_without_graph_break_and_checkpoints(backend: Backend) -> None:
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight, backend=backend.name) * 2
+
+    x, weight = (t.detach().to(backend.device).requires_grad_() for t in _inputs((6, 16), torch.float32))
+    expected = torch.autograd.grad(function(x, weight).sum(), (x, weight))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for y in (compiled(x, weight), checkpoint(function, x, weight, use_reentrant=False)):
+        actual = torch.autograd.grad(y.sum(), (x, weight))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_errors_name_the_argument() -> None:
@@ -92,45 +117,30 @@ def test_errors_name_the_argument() -> None:
         rms_norm(torch.ones(2, 4), torch.ones(4), backend="magic")
 
 
-# On the GPU: one row, odd sizes, rows of a warp and of a block, of one, two and four packs a thread, too long to keep
-# in registers, more rows than partial sums of dweight, no rows at all.
-GPU_SHAPES = [(1, 1), (3, 7), (5, 17), (3000, 128), (600, 576), (40, 4096), (9, 8192), (3, 20000), (5, 40000), (0, 8)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not library.cuda_library_loaded(), reason=library.CUDA_LIBRARY_MISSING)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("shape", GPU_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES)
 @pytest.mark.parametrize("aligned", [True, False])
-def test_cuda_matches_reference(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> None:
-    def on_gpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        x = x.cuda()
+@pytest.mark.parametrize("backend", backends("rms_norm", gpu_only=True))
+def test_on_gpu_matches_reference(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> None:
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if not aligned:  # starts one element into its storage: no 16-byte loads
             x = torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(shape)
-        return rms_norm(x, weight.cuda(), eps=1e-5, weight_offset=1.0, backend="cuda").cpu()
+        return rms_norm(x, weight, eps=1e-5, weight_offset=1.0, backend=backend.name)
 
-    check_op(on_gpu, lambda x, w: reference.rms_norm(x, w, 1e-5, 1.0), _inputs(shape, dtype))
+    check_op(function, lambda x, w: reference.rms_norm(x, w, 1e-5, 1.0), _inputs(shape, dtype), device=backend.device)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not library.cuda_library_loaded(), reason=library.CUDA_LIBRARY_MISSING)
-def test_cuda_uses_the_current_stream_and_is_repeatable() -> None:
+@pytest.mark.parametrize("backend", backends("rms_norm", gpu_only=True))
+def test_uses_the_current_stream_and_is_repeatable(backend: Backend) -> None:
+    def gradients(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(rms_norm(x, weight, backend=backend.name).float().square().sum(), (x, weight))
+
     x, weight = (t.detach().cuda().requires_grad_() for t in _inputs((20000, 1024), torch.bfloat16))
-    expected = torch.autograd.grad(rms_norm(x, weight, backend="cuda").float().square().sum(), (x, weight))
+    expected = gradients(x, weight)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # work on another stream would read copies that are not made yet
-        xs, weights = (t.detach().clone().requires_grad_() for t in (x, weight))
-        actual = torch.autograd.grad(rms_norm(xs, weights, backend="cuda").float().square().sum(), (xs, weights))
+        actual = gradients(*(t.detach().clone().requires_grad_() for t in (x, weight)))
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not library.cuda_library_loaded(), reason=library.CUDA_LIBRARY_MISSING)
-def test_cuda_opcheck() -> None:
-    x, weight = (t.detach().cuda() for t in _inputs((5, 8), torch.float32))
-    torch.library.opcheck(torch.ops.forge.rms_norm.default, (x.requires_grad_(), weight.requires_grad_(), 1e-6, 0.0))
-    arguments = (x.detach(), x.detach(), weight.detach(), torch.rand(5, device="cuda"), 0.0, True)
-    torch.library.opcheck(torch.ops.forge.rms_norm_backward.default, arguments)
