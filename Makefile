@@ -1,6 +1,8 @@
 # make demo   sets up and runs the main job: two LoRA arms on real data, with and without the mix -> runs/demo/report.md
 # make test   sets up and runs the tests
 # make kernels  compiles every Triton kernel for sm_80, sm_90 and sm_100 -> docs/kernels.md
+# make bench  measures the CPU suite against every peer, writes bench/results/cpu.json and .md and the README's table
+# make gpu    on a machine with a GPU: its tests, its benchmark, a table (bench/gpu.sh --help)
 # make check  what CI runs besides the tests: lint, format, the wheel, its types
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test kernels check lint format types setup clean
+.PHONY: demo test kernels bench gpu check lint format types setup clean
 
 demo: setup
 	$(VENV)/bin/python -m examples.demo
@@ -22,6 +24,13 @@ test: setup
 
 kernels: setup
 	$(VENV)/bin/python -m forge_core.kernels.gpu.aot --output docs/kernels.md
+
+bench: setup
+	$(VENV)/bin/python -m bench run --suite cpu --minutes 9 --json bench/results/cpu.json
+	$(VENV)/bin/python -m bench readme
+
+gpu:
+	bash bench/gpu.sh
 
 check: lint types
 

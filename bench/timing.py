@@ -3,11 +3,14 @@
 import random
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 
-from bench.registry import Thunk
+from bench.registry import Remote, Slow, Thunk
+
+_L2_BYTES = 2**28  # more than any GPU's L2 cache
 
 
 @dataclass(frozen=True)
@@ -25,36 +28,64 @@ class Timing:
 
 
 def interleaved(
-    thunks: dict[str, Thunk], *, seconds: float, min_rounds: int = 5, max_rounds: int = 200
+    candidates: Mapping[str, Thunk | Slow | Remote], *, seconds: float, min_rounds: int = 5, max_rounds: int = 200
 ) -> dict[str, Timing]:
-    """Times the thunks against each other: in every round each runs once, in random order, after two warm-up rounds.
+    """Times warm candidates against each other: in every round each runs once, in random order.
 
     Drift of the machine (frequency, other load) then hits all candidates alike, and the ratios hold.
 
     Args:
-        thunks: what to call.
-        seconds: how long to go on, all thunks together.
+        candidates: what to call, each called before at least once.
+        seconds: how long to go on, all candidates together; what `Slow` ones take is not counted.
         min_rounds: rounds made however long they take.
         max_rounds: rounds made at most.
     """
-    order = list(thunks)
+    clock = _gpu_clock() if torch.cuda.is_available() else _cpu_clock
     shuffle = random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in thunks}
-    for _ in range(2):
-        for name in order:
-            thunks[name]()
-    _synchronize()
-    begin = time.perf_counter()
+    order = list(candidates)
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    spent = 0.0
     rounds = 0
-    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - begin < seconds):
+    while rounds < min_rounds or (rounds < max_rounds and spent < seconds):
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            thunks[name]()
-            _synchronize()
-            samples[name].append(time.perf_counter() - start)
+            candidate = candidates[name]
+            if isinstance(candidate, Slow):
+                if rounds < candidate.rounds:
+                    samples[name].append(clock(candidate.call))
+                continue
+            taken = candidate.seconds() if isinstance(candidate, Remote) else clock(candidate)
+            samples[name].append(taken)
+            spent += taken
         rounds += 1
     return {name: _summary(values) for name, values in samples.items()}
+
+
+def one_call(thunk: Thunk) -> float:
+    """Seconds of a single call."""
+    return (_gpu_clock() if torch.cuda.is_available() else _cpu_clock)(thunk)
+
+
+def _cpu_clock(thunk: Thunk) -> float:
+    start = time.perf_counter()
+    thunk()
+    return time.perf_counter() - start
+
+
+def _gpu_clock() -> Callable[[Thunk], float]:
+    """Time between two events on the stream, from a cold L2 cache and with the launches queued up behind a kernel."""
+    flush = torch.empty(_L2_BYTES // 4, device="cuda")
+
+    def clock(thunk: Thunk) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        thunk()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return clock
 
 
 def _summary(values: list[float]) -> Timing:
@@ -67,11 +98,6 @@ def _summary(values: list[float]) -> Timing:
     )
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @dataclass(frozen=True)
 class Roofline:
     """What this machine reached in this run: matmul FLOP/s by dtype and copy bandwidth in bytes/s (read + write)."""
@@ -81,18 +107,27 @@ class Roofline:
 
     def bound_seconds(self, dtype: str, flops: float, bytes: float) -> float:
         """The time below which a call of this work cannot go: the larger of its compute and its traffic."""
-        return max(flops / self.matmul[dtype], bytes / self.copy)
+        return max(flops / self.matmul[dtype] if flops else 0.0, bytes / self.copy)
 
 
 def measure_roofline(device: str) -> Roofline:
-    """Times square matmuls in float32 and bfloat16 and a copy that does not fit in any cache; takes about 2 seconds."""
+    """Times square matmuls in float32 and bfloat16 and a copy that does not fit in any cache; takes about 2 seconds.
+
+    The inputs are random normal numbers: zeros draw less power and run faster than any real data.
+    """
     size = 8192 if device == "cuda" else 2048
     matmul = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        timing = interleaved({"matmul": lambda a=a, b=b: a @ b}, seconds=0.7)["matmul"]  # type: ignore[misc]
+        timing = _warm_and_time(lambda a=a, b=b: a @ b, 0.7)  # type: ignore[misc]
         matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / timing.p20
     source = torch.randn(2**28 // 4, device=device)
     target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, seconds=0.5)["copy"]
+    timing = _warm_and_time(lambda: target.copy_(source), 0.5)
     return Roofline(matmul, 2 * source.nbytes / timing.p20)
+
+
+def _warm_and_time(thunk: Thunk, seconds: float) -> Timing:
+    for _ in range(2):
+        thunk()
+    return interleaved({"": thunk}, seconds=seconds)[""]

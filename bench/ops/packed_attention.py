@@ -1,76 +1,101 @@
-"""packed_attention on a pack of log-normal documents, against SDPA per document and under a dense block mask."""
+"""packed_attention on packs of log-normal documents, against SDPA, FlexAttention and the varlen kernels."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from bench.registry import Candidates, Thunk, workload
-from forge_core.kernels import packed_attention
-
-TOKENS, Q_HEADS, KV_HEADS = 8192, 16, 4
+from bench.peers import attention as peers
+from bench.registry import Candidates, Slow, Thunk, peer, suite_device, workload
+from forge_core.kernels import PackPlan, packed_attention
 
 
-def document_lengths(tokens: int, mean: int = 330, seed: int = 0) -> list[int]:
-    """Log-normal lengths (sigma 1) that fill `tokens` exactly."""
-    generator = np.random.default_rng(seed)
-    lengths: list[int] = []
-    while sum(lengths) < tokens:
-        lengths.append(max(8, int(generator.lognormal(np.log(mean) - 0.5, 1.0))))
-    lengths[-1] -= sum(lengths) - tokens
-    return lengths
+@dataclass(frozen=True)
+class Pack:
+    """A pack and its heads; `longest` cuts the log-normal lengths."""
+
+    tokens: int
+    q_heads: int
+    kv_heads: int
+    d: int
+    mean: int = 330
+    longest: int = 1 << 30
+
+    def lengths(self, seed: int = 0) -> list[int]:
+        """Log-normal lengths (sigma 1) that fill `tokens` exactly."""
+        generator = np.random.default_rng(seed)
+        lengths: list[int] = []
+        while sum(lengths) < self.tokens:
+            lengths.append(min(self.longest, max(8, int(generator.lognormal(np.log(self.mean) - 0.5, 1.0)))))
+        lengths[-1] -= sum(lengths) - self.tokens
+        return lengths
 
 
-def sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """One scaled_dot_product_attention call per document."""
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_sdpa(*part, is_causal=True) for part in parts])
+PACKS = {
+    "cpu": [Pack(8192, 16, 4, 64), Pack(8192, 16, 4, 128)],
+    "gpu": [
+        Pack(8192, 32, 8, 128, mean=600, longest=2048),
+        Pack(32768, 32, 8, 128, mean=2000, longest=8192),
+        Pack(8192, 16, 4, 64),
+    ],
+}
 
 
-def sdpa_block_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """One scaled_dot_product_attention call for the pack, with a [tokens, tokens] mask."""
-    return _sdpa(q, k, v, attn_mask=mask)
+def candidates(pack: Pack, backward: bool, device: str) -> Candidates:
+    """forge and its peers on one pack."""
+    lengths = pack.lengths()
+    shape = (pack.tokens, pack.q_heads, pack.d)
+    q = torch.randn(*shape, dtype=torch.bfloat16, device=device, requires_grad=backward)
+    k, v = (
+        torch.randn(pack.tokens, pack.kv_heads, pack.d, dtype=torch.bfloat16, device=device, requires_grad=backward)
+        for _ in range(2)
+    )
+    upstream = torch.randn_like(q)
+    host = np.array([0, *np.cumsum(lengths)], np.int32)
+    cu_seqlens, plan = torch.tensor(host, device=device), PackPlan(host)  # the trainer makes the plan once per batch
+
+    def candidate(function) -> Thunk:  # type: ignore[no-untyped-def]
+        return peers.with_backward(function, (q, k, v), upstream) if backward else function
+
+    result: Candidates = {
+        "forge": candidate(lambda: packed_attention(q, k, v, cu_seqlens, plan=plan)),
+        "SDPA per document": candidate(lambda: peers.sdpa_per_document(q, k, v, lengths)),
+        "FlexAttention": peer("torch", lambda: candidate(peers.flex_attention(q, k, v, lengths))),
+    }
+    if pack.tokens <= 8192:  # beyond, the mask alone is a GiB
+        mask = peers.block_mask(lengths, device)
+        masked = candidate(lambda: peers.sdpa_block_mask(q, k, v, mask))
+        result["SDPA block mask"] = Slow(masked, 2) if device == "cpu" else masked
+    if device == "cuda":
+        varlen = (q, k, v, cu_seqlens, max(lengths))
+        result["torch varlen_attn"] = peer("torch", lambda: candidate(peers.torch_varlen(*varlen)))
+        result["flash-attn"] = peer("flash_attn", lambda: candidate(peers.flash_attn_varlen(*varlen)))
+    return result
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:  # type: ignore[no-untyped-def]
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)[0].transpose(0, 1)
-
-
-def _register(d: int, backward: bool) -> None:
-    lengths = document_lengths(TOKENS)
+def _register(suite: str, pack: Pack, backward: bool) -> None:
+    device = suite_device(suite)
+    lengths = pack.lengths()
     area = sum(n * (n + 1) / 2 for n in lengths)
     passes = 3.5 if backward else 1.0  # backward counted as 2.5 times the forward
-    which = "fwd+bwd" if backward else "fwd"
-    io = 2.0 * TOKENS * d * (2 * Q_HEADS + 2 * KV_HEADS)
+    io = 2.0 * pack.tokens * pack.d * (2 * pack.q_heads + 2 * pack.kv_heads)
+    aims = {"SDPA per document": 2.5, "SDPA block mask": 20.0}
 
     @workload(
         "packed_attention",
-        f"{TOKENS} tokens, {len(lengths)} documents, {Q_HEADS}/{KV_HEADS} heads, D {d} {which}",
-        flops=passes * 4.0 * d * Q_HEADS * area,
+        f"{pack.tokens} tokens, {len(lengths)} documents up to {max(lengths)}, {pack.q_heads}/{pack.kv_heads} heads, "
+        f"D {pack.d} {'fwd+bwd' if backward else 'fwd'}",
+        suite=suite,
+        flops=passes * 4.0 * pack.d * pack.q_heads * area,
         bytes=io * (3 if backward else 1),
+        at_least=aims if suite == "cpu" else {"torch varlen_attn": 1.35, "FlexAttention": 1.8},
+        headline=backward,
     )
     def build() -> Candidates:
-        q = torch.randn(TOKENS, Q_HEADS, d, dtype=torch.bfloat16, requires_grad=backward)
-        k, v = (torch.randn(TOKENS, KV_HEADS, d, dtype=torch.bfloat16, requires_grad=backward) for _ in range(2))
-        upstream = torch.randn_like(q)
-        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        position = torch.arange(TOKENS)
-        mask = (document[:, None] == document[None, :]) & (position[:, None] >= position[None, :])
-
-        def candidate(function) -> Thunk:  # type: ignore[no-untyped-def]
-            if backward:
-                return lambda: torch.autograd.grad(function(), (q, k, v), upstream)
-            return function
-
-        return {
-            "forge": candidate(lambda: packed_attention(q, k, v, cu_seqlens)),
-            "SDPA per document": candidate(lambda: sdpa_per_document(q, k, v, lengths)),
-            "SDPA block mask": candidate(lambda: sdpa_block_mask(q, k, v, mask)),
-        }
+        return candidates(pack, backward, device)
 
 
-for head_dim in (64, 128):
-    for with_backward in (False, True):
-        _register(head_dim, with_backward)
+for suite, packs in PACKS.items():
+    for pack in packs:
+        for backward in (False, True):
+            _register(suite, pack, backward)

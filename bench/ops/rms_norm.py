@@ -3,27 +3,42 @@
 import torch
 from torch.nn import functional as F
 
-from bench.registry import Candidates, Thunk, workload
+from bench.peers import compiled
+from bench.registry import Candidates, Thunk, suite_device, workload
 from forge_core.kernels import reference, rms_norm
 
-TOKENS, WIDTH = 2048, 576
+SHAPES = {"cpu": [(2048, 576), (1024, 4096)], "gpu": [(8192, 4096)]}
 
 
-@workload(
-    "rms_norm",
-    f"{TOKENS}x{WIDTH} fwd+bwd",
-    bytes=TOKENS * WIDTH * 2 * 5,  # forward: x in, y out; backward: dy and x in, dx out
-)
-def forward_backward() -> Candidates:
-    x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.rand(WIDTH, dtype=torch.bfloat16)
-    dy = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16)
+def _register(suite: str, tokens: int, width: int) -> None:
+    device = suite_device(suite)
 
-    def candidate(function) -> Thunk:  # type: ignore[no-untyped-def]
-        return lambda: torch.autograd.grad(function(x, weight), x, dy)
+    @workload(
+        "rms_norm",
+        f"{tokens}x{width} fwd+bwd",
+        suite=suite,
+        bytes=tokens * width * 2 * 5,  # forward: x in, y out; backward: dy and x in, dx out
+        headline=width in (576, 4096),
+    )
+    def forward_backward() -> Candidates:
+        x = torch.randn(tokens, width, dtype=torch.bfloat16, device=device, requires_grad=True)
+        weight = torch.rand(width, dtype=torch.bfloat16, device=device)
+        dy = torch.randn(tokens, width, dtype=torch.bfloat16, device=device)
 
-    return {
-        "forge": candidate(rms_norm),
-        "F.rms_norm": candidate(lambda x, weight: F.rms_norm(x, (WIDTH,), weight, 1e-6)),
-        "eager": candidate(lambda x, weight: reference.rms_norm(x, weight, 1e-6, 0.0)),
-    }
+        def candidate(function) -> Thunk:  # type: ignore[no-untyped-def]
+            return lambda: torch.autograd.grad(function(x, weight), x, dy)
+
+        def eager(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return reference.rms_norm(x, weight, 1e-6, 0.0)
+
+        return {
+            "forge": candidate(rms_norm),
+            "F.rms_norm": candidate(lambda x, weight: F.rms_norm(x, (width,), weight, 1e-6)),
+            "eager": candidate(eager),
+            "torch.compile": candidate(compiled(eager)),
+        }
+
+
+for suite, shapes in SHAPES.items():
+    for tokens, width in shapes:
+        _register(suite, tokens, width)

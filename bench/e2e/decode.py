@@ -1,0 +1,66 @@
+"""Greedy decoding of a batch of chat prompts against transformers' generate, prefill included."""
+
+import torch
+
+from bench.e2e import chat
+from bench.registry import Candidates, Slow, Thunk, peer, workload
+from forge_core.model import ModelConfig, load_model
+
+BATCH, NEW_TOKENS = 32, 48
+
+
+def prompts() -> list[list[int]]:
+    """The first conversations up to where the answer begins."""
+    result = []
+    for index in range(BATCH):
+        tokens, loss_mask, _ = chat.store().sample(index)
+        result.append(tokens[: int(loss_mask.argmax())].tolist())
+    return result
+
+
+def forge() -> Thunk:
+    """forge_core's own generation."""
+    model, ids = load_model(chat.model_path(), dtype=torch.bfloat16), prompts()
+    return lambda: model.generate(ids, max_new_tokens=NEW_TOKENS)
+
+
+def transformers_generate() -> Thunk:
+    """transformers with left padding and its dynamic cache; ends of sequences do not stop it."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(chat.model_path(), dtype=torch.bfloat16).eval()
+    ids = prompts()
+    longest = max(map(len, ids))
+    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(input_ids, attention_mask=mask, **options)
+
+
+def _register() -> None:
+    c = ModelConfig.from_file(chat.model_path() / "config.json")
+    prompt_tokens = sum(map(len, prompts()))
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+    head = c.hidden_size * c.vocab_size
+    decoded = BATCH * (NEW_TOKENS - 1)  # the first new token comes from the prefill
+
+    @workload(
+        "decode",
+        f"SmolLM2-135M, batch {BATCH}, {prompt_tokens} prompt tokens, {NEW_TOKENS} new tokens each, greedy",
+        suite="e2e",
+        flops=2.0 * (c.num_layers * layer * (prompt_tokens + decoded) + head * BATCH * NEW_TOKENS),
+        bytes=2.0 * (c.num_layers * layer + head) * NEW_TOKENS,
+        tokens=BATCH * NEW_TOKENS,
+        note="Decoding: new tokens/s, the time includes the prefill; FLOPs 2 N a token, bytes the weights once a step.",
+        at_least={"transformers generate": 3.0},
+        headline=True,
+    )
+    def build() -> Candidates:
+        return {
+            "forge": forge(),
+            "transformers generate": peer("transformers", lambda: Slow(transformers_generate(), 3)),
+        }
+
+
+_register()

@@ -1,0 +1,113 @@
+"""Runs a suite: tries every candidate, measures its memory, then times all of them interleaved."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench import memory, registry, report, timing
+from bench.isolate import Isolated
+from bench.registry import Candidate, Missing, Remote, Slow, Workload, suite_device
+
+_AGREE = 0.02  # candidates that return a number (a loss) must return the same one, up to this share of it
+
+Say = Callable[[str], None]
+
+
+def run(
+    suite: str,
+    workloads: list[Workload],
+    *,
+    seconds: float,
+    peers: str = "",
+    base: Callable[[Workload], Candidate] | None = None,
+    base_name: str = "base",
+    isolate: bool = False,
+    minutes: float = math.inf,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Measures the workloads, `seconds` each, and returns the result as plain data.
+
+    Args:
+        suite: name of the suite.
+        workloads: what to measure.
+        seconds: time spent on each workload, slow peers not counted.
+        peers: only peers whose name contains this text.
+        base: gives the same workload of another commit as a candidate, called `base_name`.
+        base_name: see base.
+        isolate: measure in a child process that is replaced when a workload kills it; not together with `base`.
+        minutes: no workload begins after so many; the rest is listed as not measured.
+        say: takes a line of progress.
+    """
+    device = suite_device(suite)
+    roofline = timing.measure_roofline(device)
+    child = Isolated(suite, seconds, peers) if isolate else None
+    end = time.monotonic() + 60 * minutes
+    rows = []
+    for workload in workloads:
+        if time.monotonic() > end:
+            rows.append(report.failed_row(workload, f"not measured, {minutes:g} minutes were over"))
+        elif child:
+            rows.append(child.measure(workload, roofline))
+        else:
+            rows.append(measure(workload, roofline, device, seconds, peers, {base_name: base} if base else {}))
+        say(report.line(rows[-1]))
+    if child:
+        child.close()
+    return {
+        "suite": suite,
+        "environment": report.environment(device),
+        "roofline": {"matmul": roofline.matmul, "copy": roofline.copy},
+        "rows": rows,
+    }
+
+
+def measure(
+    workload: Workload,
+    roofline: timing.Roofline,
+    device: str,
+    seconds: float,
+    peers: str = "",
+    others: dict[str, Callable[[Workload], Candidate]] | None = None,
+) -> dict[str, Any]:
+    """One row of the result. A peer that fails is named as missing; where forge itself fails the row says so."""
+    torch.manual_seed(0)
+    try:
+        candidates: dict[str, Candidate] = dict(workload.build())
+    except Exception as error:  # one broken workload must not take the suite with it; the row shows the error
+        return report.failed_row(workload, registry.reason(error))
+    candidates = {name: c for name, c in candidates.items() if name == "forge" or peers in name}
+    candidates |= {name: make(workload) for name, make in (others or {}).items()}
+    ready: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    peaks: dict[str, int | None] = {}
+    expected: float | None = None
+    for name, candidate in candidates.items():
+        try:
+            value, peaks[name] = try_once(candidate, device)
+            if name == "forge":
+                expected = value
+            elif value is not None and expected is not None and not math.isclose(value, expected, rel_tol=_AGREE):
+                raise ValueError(f"computes something else: {value:.4f}, forge {expected:.4f}")
+            ready[name] = candidate
+        except Exception as error:  # whatever a peer raises is its reason in the report
+            missing[name] = candidate.reason if isinstance(candidate, Missing) else registry.reason(error)
+    if "forge" not in ready:
+        return report.failed_row(workload, missing.pop("forge", "no candidate is called forge"), missing)
+    return report.row(workload, timing.interleaved(ready, seconds=seconds), missing, peaks, roofline)
+
+
+def try_once(candidate: Candidate, device: str) -> tuple[float | None, int | None]:
+    """The first calls of a candidate: its value where it is a number, and its peak memory in bytes."""
+    if isinstance(candidate, Missing):
+        raise RuntimeError(candidate.reason)
+    if isinstance(candidate, Remote):
+        return None, candidate.memory()
+    call = candidate.call if isinstance(candidate, Slow) else candidate
+    value: list[object] = []
+    if not isinstance(candidate, Slow):  # the first call compiles, packs weights, fills caches: not what a call takes
+        value.append(call())
+    peak = memory.peak_bytes(lambda: value.append(call()), device)
+    return (value[0] if isinstance(value[0], float) else None), peak
