@@ -10,14 +10,14 @@
 namespace forge {
 namespace {
 
-const char* const kNames[kIsaLevels] = {"portable", "avx2", "avx512"};
+const char* const kNames[kIsaLevels] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 int best_level_of_this_cpu() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
@@ -33,7 +33,7 @@ int choose_level() {
     FORGE_CHECK(level <= best, "FORGE_CPU_ISA", wanted, "at most " << kNames[best] << ", the best that this CPU has");
     return level;
   }
-  FORGE_CHECK(false, "FORGE_CPU_ISA", wanted, "portable, avx2 or avx512");
+  FORGE_CHECK(false, "FORGE_CPU_ISA", wanted, "portable, avx2, avx512 or avx512_bf16");
   return best;
 }
 

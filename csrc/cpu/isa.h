@@ -3,7 +3,9 @@
 // Every csrc/cpu/<op>.cpp is compiled once per instruction set, with FORGE_ISA naming it (portable, avx2, avx512) and
 // FORGE_ISA_LEVEL counting it. The part inside `namespace forge::FORGE_ISA` holds the loops; the part under
 // `#if FORGE_ISA_LEVEL == 0` is the op itself and is compiled once. The loops register themselves here and the op calls
-// kernels<K>(), which picks the best set that this CPU has (or the one that FORGE_CPU_ISA names) at run time.
+// kernels<K>(), which picks the best set that this CPU has (or the one that FORGE_CPU_ISA names) at run time. Loops for
+// the bfloat16 dot product of AVX512-BF16 lie in csrc/cpu/avx512_bf16/ and are compiled for that level alone; what has
+// none there runs those of avx512.
 //
 // Rules that keep an AVX-512 instruction from reaching a CPU without it: loops use no std:: templates and no torch
 // headers (their inline functions would be merged across the compilations), only raw pointers and what vec.h defines.
@@ -17,10 +19,13 @@
 
 namespace forge {
 
-constexpr int kIsaLevels = 3;  // portable, avx2, avx512
+constexpr int kIsaLevels = 4;  // portable, avx2, avx512, avx512_bf16
 
 // Level in use: the highest that the CPU and the build have, or FORGE_CPU_ISA. Throws when the named one is missing.
 int active_isa_level();
+
+// Whether the level in use has the bfloat16 dot product.
+inline bool has_bf16_dot_product() { return active_isa_level() >= 3; }
 
 template <class K>
 struct IsaTable {

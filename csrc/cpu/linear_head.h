@@ -140,14 +140,6 @@ class LinearHeadChunks {
   }
 
  private:
-  static bool has_bf16_dot_product() {
-#if defined(__x86_64__)
-    return kernels<MatmulNtKernels>().panels != nullptr && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-  }
-
   static Tensor block(const Tensor& x, int64_t rows, int64_t columns) {
     Tensor whole = x;
     Tensor top = torch::stable::narrow(whole, 0, 0, rows);

@@ -14,7 +14,7 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 struct MatmulNtKernels {
   // Columns [48 * begin, 48 * end) of C [rows, n], row stride ldc. A [rows, lda] with columns k..lda zero and lda even;
-  // B [n, k], row stride k. Null where the instruction set has no bfloat16 dot product. Needs AVX512-BF16 at run time.
+  // B [n, k], row stride k. Null below avx512; call it where has_bf16_dot_product() only.
   void (*panels)(const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, int64_t rows, int64_t n, int64_t k,
                  int64_t begin, int64_t end);
 };

@@ -1,5 +1,5 @@
-// packed_attention: softmax(mask(cap(scale * q k^T))) v inside each document, float32 arithmetic. This file checks the
-// arguments and cuts the pack into tasks; the loops are in packed_attention_tiles.cpp.
+// packed_attention: softmax(mask(cap(scale * q k^T))) v inside each document. This file checks the arguments and cuts the
+// pack into tasks; the loops are in packed_attention_tiles.cpp and avx512_bf16/packed_attention.cpp.
 #include "cpu/isa.h"
 
 #if FORGE_ISA_LEVEL == 0
@@ -101,6 +101,18 @@ data_plane::TileOptions visibility(const AttentionShape& s) {
   return options;
 }
 
+// Keys that the task with most of them reads.
+int64_t most_keys(const AttentionShape& s, const std::vector<AttentionTask>& tasks) {
+  int64_t most = 0;
+  for (const AttentionTask& t : tasks) {
+    const data_plane::TileOptions options = visibility(s);
+    const int64_t length = t.last - t.first;
+    const int64_t end = data_plane::detail::visible_keys(t.end - 1 - t.first, length, options).last;
+    most = std::max(most, end - data_plane::detail::visible_keys(t.begin - t.first, length, options).first);
+  }
+  return most;
+}
+
 std::vector<AttentionTask> own_tasks(const AttentionShape& s, const int32_t* bounds, int64_t documents) {
   data_plane::TileOptions options = visibility(s);
   options.row_tile = static_cast<int32_t>(std::max<int64_t>(1, kRowsPerTask / s.group));
@@ -146,7 +158,8 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& q_any, const Tensor& k
   Tensor lse = new_zeros({shape.q_heads, shape.tokens}, ScalarType::Double);
   dispatch_float_bf16(q, "q", [&]<class T>() {
     const auto& kernel = kernels<PackedAttentionKernels<T>>();
-    run_tasks(tasks, kernel.forward_scratch(shape.d), [&](const AttentionTask& task, float* scratch) {
+    const int64_t room = kernel.forward_scratch(shape.d, most_keys(shape, tasks));
+    run_tasks(tasks, room, [&](const AttentionTask& task, float* scratch) {
       kernel.forward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), mutable_data<T>(out),
                      mutable_data<double>(lse), scratch);
     });
@@ -165,7 +178,6 @@ struct BackwardWork {
   std::vector<AttentionTask> tasks;
   std::vector<SplitDocument> split;
   Tensor partials;
-  int64_t most_keys = 0;
 };
 
 int64_t chunk_of(int64_t length) { return std::max(kChunkQueries, (length + kMaxChunks - 1) / kMaxChunks); }
@@ -194,8 +206,6 @@ BackwardWork backward_work(const AttentionShape& s, const int32_t* bounds, int64
         const data_plane::detail::Range keys = data_plane::detail::visible_keys(query, length, options);
         pairs += keys.last - keys.first;
       }
-      work.most_keys = std::max(work.most_keys, data_plane::detail::visible_keys(end - 1, length, options).last -
-                                                    data_plane::detail::visible_keys(begin, length, options).first);
       weighed.push_back({pairs, {first, last, 0, first + begin, first + end, split ? partial : nullptr}});
       if (split) partial += length * floats_per_row;
     }
@@ -251,11 +261,11 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_
     const auto& kernel = kernels<PackedAttentionKernels<T>>();
     const int64_t padded_d = kernel.padded(shape.d);
     const BackwardWork work = backward_work(shape, bounds, documents, padded_d);
-    run_tasks(for_each_head(work.tasks, kv_heads, 2 * padded_d), kernel.backward_scratch(shape.d, work.most_keys),
-              [&](const AttentionTask& task, float* scratch) {
-                kernel.backward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(dout), data<double>(lse),
-                                mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv), scratch);
-              });
+    const int64_t room = kernel.backward_scratch(shape.d, most_keys(shape, work.tasks));
+    run_tasks(for_each_head(work.tasks, kv_heads, 2 * padded_d), room, [&](const AttentionTask& task, float* scratch) {
+      kernel.backward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(dout), data<double>(lse),
+                      mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv), scratch);
+    });
     for (const SplitDocument& document : work.split) {
       sum_split(shape, document, padded_d, mutable_data<T>(dk), mutable_data<T>(dv));
     }

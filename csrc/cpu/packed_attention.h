@@ -1,4 +1,5 @@
-// What packed_attention.cpp (the op: checks, tasks, threads) and packed_attention_tiles.cpp (the loops) share.
+// What packed_attention.cpp (the op: checks, tasks, threads) and its loops share: packed_attention_tiles.cpp and
+// avx512_bf16/packed_attention.cpp.
 #pragma once
 
 #include <cstdint>
@@ -37,10 +38,10 @@ struct AttentionTask {
 
 template <class T>
 struct PackedAttentionKernels {
-  int64_t (*forward_scratch)(int64_t d);  // floats
+  int64_t (*forward_scratch)(int64_t d, int64_t keys);  // floats; keys: most that a task reads
   void (*forward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
                   Heads<const T> v, T* out, double* lse, float* scratch);
-  int64_t (*backward_scratch)(int64_t d, int64_t keys);  // keys: most that a task reads
+  int64_t (*backward_scratch)(int64_t d, int64_t keys);
   void (*backward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
                    Heads<const T> v, Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch);
   // target[i] = sum over parts of sources[part][i], in their order.

@@ -1,59 +1,18 @@
-// The loops of packed_attention. Softmax with a running maximum and sum (Dao et al., arXiv 2205.14135): no matrix of
-// tokens x tokens; the backward recomputes the probabilities.
+// The loops of packed_attention in float32, to which bfloat16 inputs are widened where there is no bfloat16 dot product.
+// Softmax with a running maximum and sum (Dao et al., arXiv 2205.14135): no matrix of tokens x tokens; the backward
+// recomputes the probabilities.
 //
 // A query tile is kLanes rows of the (token, query head) pairs that share one key/value head; it is kept transposed,
 // [d, kLanes], and so are the logits, [keys, kLanes]: softmax then runs down the registers without a single shuffle,
 // and keys and values are read as they lie, as the broadcast operand of every matmul.
-#include "cpu/packed_attention.h"
-
+#include "cpu/packed_attention_lanes.h"
 #include "cpu/tile_matmul.h"
-#include "cpu/vec.h"
 
 namespace forge {
 namespace FORGE_ISA {
 namespace {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t padded(int64_t d) { return (d + kVectorFloats - 1) / kVectorFloats * kVectorFloats; }
-
-inline int64_t first_key(const AttentionShape& s, const AttentionTask& t, int64_t query) {
-  return s.window > 0 ? larger(t.first, query - s.window + 1) : t.first;
-}
-
-inline int64_t key_end(const AttentionShape& s, const AttentionTask& t, int64_t query) {
-  if (s.causal) return query + 1;
-  return s.window > 0 ? smaller(t.last, query + s.window) : t.last;
-}
-
-// The rows of a query tile: row r of the document and key/value head is token r / group, query head r % group.
-struct Lanes {
-  int64_t count;                           // at most kLanes; the other lanes are zero and see whatever is unmasked
-  int64_t token[kLanes], head[kLanes];
-  int32_t first_key[kLanes], key_end[kLanes];  // visible keys, counted from the document's first row
-  int64_t keys_from, keys_to;              // rows of the pack that some lane sees
-  int64_t full_from, full_to;              // and those that all lanes see
-};
-
-inline void set_lanes(const AttentionShape& s, const AttentionTask& t, int64_t row, int64_t row_end, Lanes& lanes) {
-  lanes.count = smaller(kLanes, row_end - row);
-  int64_t token = row / s.group, head = row % s.group;
-  for (int64_t i = 0; i < kLanes; ++i) {
-    lanes.token[i] = token;
-    lanes.head[i] = t.kv_head * s.group + head;
-    lanes.first_key[i] = static_cast<int32_t>(first_key(s, t, token) - t.first);
-    lanes.key_end[i] = static_cast<int32_t>(key_end(s, t, token) - t.first);
-    if (++head == s.group) {
-      head = 0;
-      ++token;
-    }
-  }
-  const int64_t first = lanes.token[0], last = lanes.token[lanes.count - 1];
-  lanes.keys_from = first_key(s, t, first);
-  lanes.keys_to = key_end(s, t, last);
-  lanes.full_from = first_key(s, t, last);
-  lanes.full_to = key_end(s, t, first);
-}
 
 // [rows, d] -> float32 [rows, stride], columns past d zero.
 template <class T>
@@ -109,17 +68,6 @@ void scatter(const Lanes& lanes, float* columns, const float* factor, int64_t he
   }
 }
 
-// Caps the logits [keys, kLanes]; with slope, writes d cap / d logit.
-inline void cap(float* logits, float* slope, int64_t keys, float softcap) {
-  const float inverse = 1.0f / softcap;
-#pragma omp simd
-  for (int64_t i = 0; i < keys * kLanes; ++i) {
-    const float t = tanh_approx(logits[i] * inverse);
-    logits[i] = softcap * t;
-    if (slope != nullptr) slope[i] = 1.0f - t * t;
-  }
-}
-
 inline void mask(const Lanes& lanes, int64_t from, int64_t keys, float hidden, float* x) {
   for (int64_t j = 0; j < keys; ++j) {
     const int32_t key = static_cast<int32_t>(from + j);
@@ -165,7 +113,7 @@ inline void softmax_step(float* logits, int64_t keys, float* maximum, float* sum
   for (int64_t i = 0; i < kLanes; ++i) sum[i] = sum[i] * decay[i] + part[i];
 }
 
-inline int64_t forward_scratch(int64_t d) {
+inline int64_t forward_scratch(int64_t d, int64_t) {
   return kLanes * (padded(d) + 2 * d + kKeys + 3) + 2 * kKeys * padded(d);
 }
 
@@ -196,7 +144,7 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, 
       widen(k.data + from * k.token_stride + t.kv_head * k.head_stride, k.token_stride, count, d, keys, stride);
       widen(v.data + from * v.token_stride + t.kv_head * v.head_stride, v.token_stride, count, d, values, stride);
       tile_matmul({keys, stride, 1}, q_columns, kLanes, logits, kLanes, count, kLanes, d, false);
-      if (s.softcap > 0) cap(logits, nullptr, count, s.softcap);
+      if (s.softcap > 0) cap(logits, nullptr, count, 1.0f, s.softcap);
       if (from < lanes.full_from || from + count > lanes.full_to) {
         mask(lanes, from - t.first, count, -__builtin_inff(), logits);
       }
@@ -292,7 +240,7 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q,
       const int64_t tile = (from - lanes.keys_from) * kLanes;
       tile_matmul({keys + at, stride, 1}, q_columns, kLanes, p + tile, kLanes, count, kLanes, d, false);
       tile_matmul({values + at, stride, 1}, dout_columns, kLanes, ds + tile, kLanes, count, kLanes, d, false);
-      if (s.softcap > 0) cap(p + tile, slope + tile, count, s.softcap);
+      if (s.softcap > 0) cap(p + tile, slope + tile, count, 1.0f, s.softcap);
       if (from < lanes.full_from || from + count > lanes.full_to) {
         mask(lanes, from - t.first, count, -__builtin_inff(), p + tile);
       }
@@ -337,15 +285,6 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q,
       dk[to + j] = from_float<T>(dkeys[r * stride + j]);
       dv[to + j] = from_float<T>(dvalues[r * stride + j]);
     }
-  }
-}
-
-template <class T>
-void sum_partials(const float* const* sources, int64_t parts, int64_t count, T* target) {
-  for (int64_t i = 0; i < count; ++i) {
-    float sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += sources[part][i];
-    target[i] = from_float<T>(sum);
   }
 }
 

@@ -7,7 +7,7 @@
 
 namespace forge::FORGE_ISA {
 
-#if FORGE_ISA_LEVEL == 2
+#if FORGE_ISA_LEVEL >= 2
 constexpr int kVectorFloats = 16;
 #elif FORGE_ISA_LEVEL == 1
 constexpr int kVectorFloats = 8;
@@ -22,8 +22,8 @@ inline Vector& vector_at(float* p) { return *reinterpret_cast<Vector*>(p); }
 inline const Vector& vector_at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
 // The register block: kBlockRows x kBlockVectors accumulators, and room for one row of b and one broadcast of a.
-constexpr int kBlockRows = FORGE_ISA_LEVEL == 2 ? 6 : 4;
-constexpr int kBlockVectors = FORGE_ISA_LEVEL == 2 ? 4 : 2;
+constexpr int kBlockRows = FORGE_ISA_LEVEL >= 2 ? 6 : 4;
+constexpr int kBlockVectors = FORGE_ISA_LEVEL >= 2 ? 4 : 2;
 
 // a(row, k) = a[row * row_stride + k * k_stride]
 struct TileA {

@@ -10,9 +10,12 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 LOWER = {"DEFAULT": [], "NO AVX": [], "AVX2": ["portable"], "AVX512": ["portable", "avx2"]}
+SETS = list(LOWER.get(torch.backends.cpu.get_cpu_capability(), []))
+if torch.cpu._is_avx512_bf16_supported():
+    SETS.append("avx512")
 
 
-@pytest.mark.parametrize("isa", LOWER.get(torch.backends.cpu.get_cpu_capability(), []))
+@pytest.mark.parametrize("isa", SETS)
 def test_kernels_match_reference_with(isa: str) -> None:
     # The set is chosen when the library is first used, hence another process; test_matches_reference of every op.
     result = subprocess.run(
@@ -31,4 +34,4 @@ def test_unknown_set_is_refused() -> None:
         cwd=ROOT, env=os.environ | {"FORGE_CPU_ISA": "sse9"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode != 0
-    assert "FORGE_CPU_ISA: got sse9, expected portable, avx2 or avx512" in result.stderr
+    assert "FORGE_CPU_ISA: got sse9, expected portable, avx2, avx512 or avx512_bf16" in result.stderr

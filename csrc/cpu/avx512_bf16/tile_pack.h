@@ -1,0 +1,163 @@
+// Moves bfloat16 rows into the layouts that tile_matmul.h multiplies, and float32 tiles back to bfloat16 rows.
+#pragma once
+
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 reports the deliberately undefined operand inside its own unpack, shuffle and conversion intrinsics (GCC bug
+// 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include "cpu/vec.h"
+
+namespace forge::FORGE_ISA {
+
+constexpr int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Elements [from, from + 32) of a row of d, zero past d. A row that is null is a row of zeros.
+inline __m512i load_row(const bf16* row, int64_t from, int64_t d) {
+  if (row == nullptr) return _mm512_setzero_si512();
+  if (from + 32 <= d) return _mm512_loadu_si512(row + from);
+  return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << (d - from)) - 1), row + from);
+}
+
+// Transposes a 16 x 16 matrix of 32-bit numbers: x[r] becomes column r.
+inline void transpose_16x16(__m512i (&x)[16]) {
+  __m512i y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[4 * i + 0] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+  }
+  // x[4 * g + c] holds, in 128-bit lane l, column 4 * l + c of rows 4 * g .. 4 * g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    y[c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x44);
+    y[4 + c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xee);
+    y[8 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x44);
+    y[12 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    x[c] = _mm512_shuffle_i32x4(y[c], y[8 + c], 0x88);
+    x[4 + c] = _mm512_shuffle_i32x4(y[c], y[8 + c], 0xdd);
+    x[8 + c] = _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0x88);
+    x[12 + c] = _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0xdd);
+  }
+}
+
+// 16 rows of d -> columns[pair * stride + row], pairs along d; pairs up to d rounded up to 32 are written. sign_bits is
+// xored to every pair.
+inline void transpose_pairs(const bf16* const* rows, int64_t d, uint32_t sign_bits, uint32_t* columns, int64_t stride) {
+  const __m512i signs = _mm512_set1_epi32(static_cast<int>(sign_bits));
+  for (int64_t from = 0; from < d; from += 32) {
+    __m512i x[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = load_row(rows[i], from, d);
+    transpose_16x16(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      _mm512_storeu_si512(columns + (from / 2 + i) * stride, _mm512_xor_si512(x[i], signs));
+    }
+  }
+}
+
+// Index vectors that put element i of one row beside element i of another: for _mm512_permutex2var_epi16 the first and
+// the last 16 elements of two registers, for _mm512_permutexvar_epi16 the halves of one.
+struct Interleave {
+  __m512i low, high, halves;
+};
+
+inline Interleave make_interleave() {
+  alignas(64) uint16_t low[32], high[32], halves[32];
+  for (int i = 0; i < 16; ++i) {
+    low[2 * i] = static_cast<uint16_t>(i);
+    low[2 * i + 1] = static_cast<uint16_t>(32 + i);
+    high[2 * i] = static_cast<uint16_t>(16 + i);
+    high[2 * i + 1] = static_cast<uint16_t>(48 + i);
+    halves[2 * i] = static_cast<uint16_t>(i);
+    halves[2 * i + 1] = static_cast<uint16_t>(16 + i);
+  }
+  return {_mm512_load_si512(low), _mm512_load_si512(high), _mm512_load_si512(halves)};
+}
+
+// Two rows of d -> pairs[i] = (first[i], second[i]), written up to d rounded up to 32.
+inline void interleave_rows(const Interleave& order, const bf16* first, const bf16* second, int64_t d,
+                            uint32_t* pairs) {
+  for (int64_t from = 0; from < d; from += 32) {
+    const __m512i a = load_row(first, from, d), b = load_row(second, from, d);
+    _mm512_storeu_si512(pairs + from, _mm512_permutex2var_epi16(a, order.low, b));
+    _mm512_storeu_si512(pairs + from + 16, _mm512_permutex2var_epi16(a, order.high, b));
+  }
+}
+
+inline void copy_row(const bf16* row, int64_t d, uint32_t* pairs) {
+  for (int64_t from = 0; from < d; from += 32) _mm512_storeu_si512(pairs + from / 2, load_row(row, from, d));
+}
+
+// 32 floats to bfloat16, to nearest even.
+inline __m512i round_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+// columns [d, stride] times factor [16] -> 16 rows of d in bfloat16, of which the first `count` are written.
+inline void scatter_columns(const float* columns, int64_t stride, const float* factor, int64_t d, int64_t count,
+                            bf16* const* rows) {
+  const __m512 scale = _mm512_loadu_ps(factor);
+  for (int64_t from = 0; from < d; from += 32) {
+    __m512i low[16], high[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      // Columns past d are read as the last one and not stored.
+      const int64_t a = from + i < d ? from + i : d - 1, b = from + 16 + i < d ? from + 16 + i : d - 1;
+      low[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(columns + a * stride), scale));
+      high[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(columns + b * stride), scale));
+    }
+    transpose_16x16(low);
+    transpose_16x16(high);
+    const __mmask32 inside =
+        from + 32 <= d ? ~__mmask32{0} : static_cast<__mmask32>((uint64_t{1} << (d - from)) - 1);
+    __m512i rounded[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      rounded[i] = round_to_bf16(_mm512_castsi512_ps(low[i]), _mm512_castsi512_ps(high[i]));
+    }
+    for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_epi16(rows[i] + from, inside, rounded[i]);
+  }
+}
+
+// 2^x by 2^floor(x) * p(x - floor(x)), p the polynomial of degree 4 of least relative error on [0, 1): 2.7e-6 in float32,
+// where rounding the result to bfloat16 costs up to 2e-3. 2^-inf is 0: vreduceps gives 0 for it, vscalefps does the rest.
+inline __m512 exp2_approx(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0.013534168f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05201146f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24144276f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69300383f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0000026f));
+  return _mm512_scalef_ps(p, x);
+}
+
+// Natural logarithm of a positive normal number: x = m 2^e with 0.75 <= m < 1.5, log(m) = 2 atanh((m - 1) / (m + 1)) by
+// its series up to the ninth power, 2e-9 from the whole of it.
+inline __m512 log_approx(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+  const __m512 e = _mm512_getexp_ps(_mm512_div_ps(x, m));  // the division is exact
+  const __m512 s = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one));
+  const __m512 square = _mm512_mul_ps(s, s);
+  __m512 p = _mm512_set1_ps(2.0f / 9.0f);
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2.0f / 7.0f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2.0f / 5.0f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2.0f / 3.0f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2.0f));
+  return _mm512_fmadd_ps(e, _mm512_set1_ps(0.69314718f), _mm512_mul_ps(p, s));
+}
+
+}  // namespace forge::FORGE_ISA
