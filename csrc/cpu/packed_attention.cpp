@@ -1,5 +1,5 @@
-// packed_attention: softmax(mask(cap(scale * q k^T))) v inside each document. This file checks the arguments and cuts the
-// pack into tasks; the loops are in packed_attention_tiles.cpp and avx512_bf16/packed_attention.cpp.
+// packed_attention: softmax(mask(cap(scale * q k^T))) v inside each document. This file checks the arguments and cuts
+// the pack into tasks; the loops are in packed_attention_tiles.cpp and avx512_bf16/packed_attention.cpp.
 #include "cpu/isa.h"
 
 #if FORGE_ISA_LEVEL == 0

@@ -1,4 +1,4 @@
-// The loops of packed_attention in float32, to which bfloat16 inputs are widened where there is no bfloat16 dot product.
+// The loops of packed_attention in float32; bfloat16 inputs are widened to it where there is no bfloat16 dot product.
 // Softmax with a running maximum and sum (Dao et al., arXiv 2205.14135): no matrix of tokens x tokens; the backward
 // recomputes the probabilities.
 //

@@ -9,23 +9,13 @@
 //   q, dout pairs   [kLanes / 2, d]     dK += dS^T Q, dV += P^T dO
 //   P, dS rows      [keys, kLanes / 2]  dV, dK                             (broadcast)
 //   P, dS pairs     [keys / 2, kLanes]  O, dQ
-#include "cpu/avx512_bf16/tile_matmul.h"
-#include "cpu/avx512_bf16/tile_pack.h"
-#include "cpu/packed_attention_lanes.h"
+#include "cpu/avx512_bf16/attention_tile.h"
 
 namespace forge {
 namespace FORGE_ISA {
 namespace {
 
-constexpr int64_t kLaneVectors = kLanes / kVector;
-constexpr int64_t kLanePairs = kLanes / 2;
 constexpr int64_t kTileKeys = 96;  // even, and whole blocks of kBlockRows
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
-constexpr float kInfinity = __builtin_inff();
-
-inline int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-int64_t padded(int64_t d) { return round_up_to(d, 32); }
 
 // Hands out a task's scratch in whole cache lines.
 struct Scratch {
@@ -37,76 +27,6 @@ struct Scratch {
   }
   uint32_t* pairs(int64_t count) { return reinterpret_cast<uint32_t*>(floats(count)); }
 };
-
-// Rows [from, from + count) of the pack, those that a task sees, as [keys, d / 2] and as [keys / 2, d]; either may be
-// null. A row of zeros follows an odd last one.
-void pack_keys(const Interleave& order, Heads<const bf16> x, int64_t kv_head, int64_t from, int64_t count, int64_t d,
-               uint32_t* rows, uint32_t* pairs) {
-  const int64_t stride = padded(d);
-  for (int64_t i = 0; i < count; i += 2) {
-    const bf16* first = x.data + (from + i) * x.token_stride + kv_head * x.head_stride;
-    const bf16* second = i + 1 < count ? first + x.token_stride : nullptr;
-    if (rows != nullptr) {
-      copy_row(first, d, rows + i * stride / 2);
-      copy_row(second, d, rows + (i + 1) * stride / 2);
-    }
-    if (pairs != nullptr) interleave_rows(order, first, second, d, pairs + i / 2 * stride);
-  }
-}
-
-// Where each lane's row of x [tokens, heads, d] lies; null past the last lane that counts.
-void find_rows(const Lanes& lanes, Heads<const bf16> x, const bf16** rows) {
-  for (int64_t i = 0; i < kLanes; ++i) {
-    rows[i] = i < lanes.count ? x.data + lanes.token[i] * x.token_stride + lanes.head[i] * x.head_stride : nullptr;
-  }
-}
-
-// Rows of the lanes -> [d / 2, kLanes]. The sign of the scale goes in here: its magnitude is applied to the float32
-// logits, but a negative one there would turn their maximum into a minimum.
-void pack_columns(const bf16* const* rows, int64_t d, float scale, uint32_t* columns) {
-  static const bf16* const zeros[kLanes] = {};
-  const uint32_t sign_bits = scale < 0 ? 0x80008000u : 0u;
-  for (int64_t i = 0; i < kLanes; i += kVector) {
-    transpose_pairs(scale == 0 ? zeros : rows + i, d, sign_bits, columns + i, kLanes);
-  }
-}
-
-// [d, kLanes] times factor [kLanes] -> rows of the lanes in y [tokens, heads, d].
-void scatter(const Lanes& lanes, const float* columns, const float* factor, int64_t heads, int64_t d, bf16* y) {
-  bf16* rows[kLanes];
-  for (int64_t i = 0; i < lanes.count; ++i) rows[i] = y + (lanes.token[i] * heads + lanes.head[i]) * d;
-  for (int64_t i = 0; i < lanes.count; i += kVector) {
-    scatter_columns(columns + i, kLanes, factor + i, d, smaller(kVector, lanes.count - i), rows + i);
-  }
-}
-
-// What turns the products q k into logits to the base of 2; with a softcap, cap() has applied the scale before.
-inline float logit_factor(const AttentionShape& s) {
-  if (s.softcap > 0 || s.scale == 0) return kLog2E;
-  return __builtin_fabsf(s.scale) * kLog2E;
-}
-
-// Hides what a lane must not see in the logits [keys, kLanes] of the document's rows from `key` on.
-void mask(const Lanes& lanes, int64_t key, int64_t keys, float* logits) {
-  const __m512 hidden = _mm512_set1_ps(-kInfinity);
-  for (int64_t j = 0; j < keys; ++j) {
-    const __m512i row = _mm512_set1_epi32(static_cast<int>(key + j));
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < kLaneVectors; ++n) {
-      const __mmask16 late = _mm512_cmpgt_epi32_mask(_mm512_load_si512(lanes.first_key + n * kVector), row);
-      const __mmask16 early = _mm512_cmple_epi32_mask(_mm512_load_si512(lanes.key_end + n * kVector), row);
-      _mm512_mask_storeu_ps(logits + j * kLanes + n * kVector, late | early, hidden);
-    }
-  }
-}
-
-// Only the rows that some lane does not see.
-void mask_edges(const AttentionTask& t, const Lanes& lanes, int64_t from, int64_t keys, float* logits) {
-  const int64_t head = larger(0, smaller(keys, lanes.full_from - from));
-  const int64_t tail = larger(head, smaller(keys, lanes.full_to - from));
-  mask(lanes, from - t.first, head, logits);
-  mask(lanes, from + tail - t.first, keys - tail, logits + tail * kLanes);
-}
 
 // ---- forward ----------------------------------------------------------------------------------------------
 
@@ -196,8 +116,8 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> 
     const int64_t first = key_from + (lanes.keys_from - key_from) / 2 * 2;
     for (int64_t from = first; from < lanes.keys_to; from += kTileKeys) {
       const int64_t count = even(smaller(kTileKeys, lanes.keys_to - from)), at = from - key_from;
-      tile_matmul(RowsOfPairs{keys + at * stride / 2, stride / 2}, {q_columns, kLanes}, {logits, kLanes}, count, vectors,
-                  depth, Sum::kStore);
+      tile_matmul(RowsOfPairs{keys + at * stride / 2, stride / 2}, {q_columns, kLanes}, {logits, kLanes}, count,
+                  vectors, depth, Sum::kStore);
       if (s.softcap > 0) cap(logits, nullptr, count, __builtin_fabsf(s.scale), s.softcap);
       mask_edges(t, lanes, from, count, logits);
       softmax_step(order, logits, count, factor, state, p_pairs);
@@ -304,8 +224,8 @@ void round_gradients(const float* gradients, int64_t rows, int64_t d, float fact
   }
 }
 
-// See backward in cpu/packed_attention_tiles.cpp for the formulas. D = sum(P dP) / sum(P) needs all keys of a query tile
-// before the first dS: P and dP of the tile are kept, in float32.
+// The formulas: see backward in cpu/packed_attention_tiles.cpp. D = sum(P dP) / sum(P) needs all keys of a query tile
+// before the first dS, so P and dP of the tile are kept, in float32.
 void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> q, Heads<const bf16> k,
               Heads<const bf16> v, Heads<const bf16> dout, const double* lse, bf16* dq, bf16* dk, bf16* dv,
               float* scratch) {
@@ -380,8 +300,8 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
                       ds_pairs);
       tile_matmul(ColumnsOfPairs{key_pairs + at / 2 * stride, stride}, {ds_pairs, kLanes}, {dq_columns, kLanes}, d,
                   kLaneVectors, count / 2, from == first ? Sum::kStore : Sum::kAdd);
-      tile_matmul(RowsOfPairs{ds_rows, kLanePairs}, {q_pairs, stride}, {dkeys + at * stride, stride}, visible, d_vectors,
-                  lane_pairs, Sum::kAdd);
+      tile_matmul(RowsOfPairs{ds_rows, kLanePairs}, {q_pairs, stride}, {dkeys + at * stride, stride}, visible,
+                  d_vectors, lane_pairs, Sum::kAdd);
     }
     for (int64_t i = 0; i < kLanes; ++i) offset[i] = s.scale;
     scatter(lanes, dq_columns, offset, s.q_heads, d, dq);

@@ -1,7 +1,7 @@
 // Small matmuls of bfloat16 pairs on tiles that lie in cache: the bfloat16 counterpart of cpu/tile_matmul.h.
 //
-// A pair is two bfloat16 numbers that lie one after the other along the depth of the matmul, kept as a uint32. vdpbf16ps
-// multiplies 16 pairs by 16 pairs and adds both products to 16 floats: 64 FLOPs an instruction.
+// A pair is two bfloat16 numbers that lie one after the other along the depth of the matmul, kept as a uint32.
+// vdpbf16ps multiplies 16 pairs by 16 pairs and adds both products to 16 floats: 64 FLOPs an instruction.
 #pragma once
 
 #include <immintrin.h>
@@ -33,8 +33,9 @@ struct ColumnsOfPairs {
   }
 };
 
-// The register block: 24 accumulators hide the latency of two dot products a cycle (at least 12 are needed), 4 registers
-// hold a row of b and one the broadcast pair of a. 10 loads for 24 dot products leave the load ports half idle.
+// The register block: 24 accumulators hide the latency of two dot products a cycle (at least 12 are needed), 4
+// registers hold a row of b and one the broadcast pair of a. 10 loads for 24 dot products leave the load ports idle
+// half of the time.
 constexpr int kBlockRows = 6;
 constexpr int kBlockVectors = 4;
 
@@ -104,8 +105,8 @@ void matmul_rows(const A& a, const TileB& b, const TileC& c, int64_t vectors, in
 }
 
 // c [rows, columns] = a [rows, depth] b [depth, columns], stored, added to c, or added to c * column_scale [columns].
-// depth counts pairs; columns come as vectors of 16. Rows are split into blocks of equal size, or nearly so: 64 rows are
-// 9 blocks of 6 and 2 of 5, since the 4 that 10 blocks of 6 leave would not hide the latency.
+// depth counts pairs; columns come as vectors of 16. Rows are split into blocks of equal size, or nearly so: 64 rows
+// are 9 blocks of 6 and 2 of 5, since the 4 that 10 blocks of 6 leave would not hide the latency.
 template <class A>
 void tile_matmul(const A& a, const TileB& b, const TileC& c, int64_t rows, int64_t vectors, int64_t depth, Sum mode,
                  const float* column_scale = nullptr) {

@@ -132,8 +132,9 @@ inline void scatter_columns(const float* columns, int64_t stride, const float* f
   }
 }
 
-// 2^x by 2^floor(x) * p(x - floor(x)), p the polynomial of degree 4 of least relative error on [0, 1): 2.7e-6 in float32,
-// where rounding the result to bfloat16 costs up to 2e-3. 2^-inf is 0: vreduceps gives 0 for it, vscalefps does the rest.
+// 2^x by 2^floor(x) * p(x - floor(x)), p the polynomial of degree 4 of least relative error on [0, 1): 2.7e-6 in
+// float32, where rounding the result to bfloat16 costs up to 2e-3. 2^-inf is 0: vreduceps gives 0 for it, vscalefps
+// does the rest.
 inline __m512 exp2_approx(__m512 x) {
   const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_set1_ps(0.013534168f);
