@@ -26,7 +26,7 @@ def rms_norm(
         weight: [d], dtype of x.
         eps: added to the mean square; > 0.
         weight_offset: 0 for most models, 1 for those that store the weight minus one (Gemma).
-        backend: "auto" tries "cpp" (CPU), "cuda", "triton", then "reference".
+        backend: "auto" tries "cpp" (CPU), "cuda" and "triton" (GPU), then "reference".
 
     Returns:
         [..., d], dtype of x.

@@ -1,10 +1,14 @@
 """Rotary position embedding."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, cpp_reasons, no_reasons
+from .library import register_op
+from .registry import Op, Reasons, cpp_reasons, no_reasons, triton_reasons
 
 OP = Op("rope")
 
@@ -20,7 +24,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto
         k: [tokens, kv_heads, d], dtype of q.
         cos: [tokens, d/2], float32 (float64 when q is float64).
         sin: as cos.
-        backend: "auto" tries "cpp" (CPU), then "reference".
+        backend: "auto" tries "cpp" (CPU), "triton" (GPU), then "reference".
 
     Returns:
         The rotated (q, k), shapes and dtype of the inputs.
@@ -44,22 +48,22 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto
     return OP.select(backend, q, k, cos, sin)(q, k, cos, sin)
 
 
-def _run_compiled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.forge.rope(q, k, cos, sin, False)
+def _run(ops: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.rope(q, k, cos, sin, False)
 
 
-def _reasons(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> list[str]:
-    reasons = cpp_reasons(q, k, cos, sin)
+def _reasons(tensor_reasons: Reasons, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> list[str]:
+    reasons = tensor_reasons(q, k, cos, sin)
     if cos.requires_grad or sin.requires_grad:
         reasons.append("gives cos and sin no gradient, got tables that require one")
     return reasons
 
 
-OP.register("cpp", _run_compiled, _reasons)
+OP.register("cpp", partial(_run, torch.ops.forge), partial(_reasons, cpp_reasons))
+OP.register("triton", partial(_run, torch.ops.forge_triton), partial(_reasons, triton_reasons))
 OP.register("reference", reference.rope, no_reasons)
 
 
-@torch.library.register_fake("forge::rope")
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -72,10 +76,10 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(cos, sin)
 
 
-def _backward(ctx, dq: Tensor, dk: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ops, ctx, dq: Tensor, dk: Tensor):  # type: ignore[no-untyped-def]
     # The transpose of a rotation is the rotation by the opposite angle: the op is its own backward.
-    dq, dk = torch.ops.forge.rope(dq, dk, *ctx.saved_tensors, not ctx.inverse)
+    dq, dk = ops.rope(dq, dk, *ctx.saved_tensors, not ctx.inverse)
     return dq, dk, None, None, None
 
 
-torch.library.register_autograd("forge::rope", _backward, setup_context=_setup_context)
+register_op("rope", _fake, _backward, _setup_context, gpu="rope")

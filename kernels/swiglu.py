@@ -1,10 +1,14 @@
 """Gated activation of the feed-forward layer."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, cpp_reasons, no_reasons
+from .library import register_op
+from .registry import Op, cpp_reasons, no_reasons, triton_reasons
 
 OP = Op("swiglu")
 
@@ -19,7 +23,7 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str =
         up: shape and dtype of gate.
         activation: "silu" (`x * sigmoid(x)`) or "gelu_tanh" (the tanh form of GELU: Hendrycks and Gimpel,
             arXiv 1606.08415, section 2).
-        backend: "auto" tries "cpp" (CPU), then "reference".
+        backend: "auto" tries "cpp" (CPU), "triton" (GPU), then "reference".
 
     Returns:
         Shape and dtype of gate.
@@ -36,20 +40,19 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str =
     return OP.select(backend, gate, up)(gate, up, activation)
 
 
-def _run_compiled(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return torch.ops.forge.swiglu(gate, up, activation)
+def _run(ops: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ops.swiglu(gate, up, activation)
 
 
-OP.register("cpp", _run_compiled, cpp_reasons)
+OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("triton", partial(_run, torch.ops.forge_triton), triton_reasons)
 OP.register("reference", reference.swiglu, no_reasons)
 
 
-@torch.library.register_fake("forge::swiglu")
 def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("forge::swiglu_backward")
 def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return _fake(gate, up, activation), _fake(gate, up, activation)
 
@@ -59,8 +62,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(gate, up)
 
 
-def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-    return *torch.ops.forge.swiglu_backward(dy, *ctx.saved_tensors, ctx.activation), None
+def _backward(ops, ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+    return *ops.swiglu_backward(dy, *ctx.saved_tensors, ctx.activation), None
 
 
-torch.library.register_autograd("forge::swiglu", _backward, setup_context=_setup_context)
+register_op("swiglu", _fake, _backward, _setup_context, gpu="swiglu")
+register_op("swiglu_backward", _fake_backward, gpu="swiglu")

@@ -23,7 +23,7 @@ from typing import Any
 
 from .workload import Workload
 
-OPS = ("rms_norm",)
+OPS = ("rms_norm", "rope", "swiglu")
 ARCHITECTURES = (80, 90, 100)
 
 # Shared memory that one program can have, and that a multiprocessor has for all of its programs (1 KiB of it reserved
@@ -244,8 +244,8 @@ on too much shared memory and on a matmul kernel without `wgmma` on sm_90.
 No figure here was measured. **Floor**: each input read once and each output written once at 4.3 TB/s, or the matmuls at
 790 TFLOP/s, whichever is longer. **Predicted**: the bytes of each kernel's own arguments (scratch included) at the same
 ceilings, the last wave of programs counted as a full one. A running kernel can only be slower. **Warps in flight**:
-share of the 64 that a multiprocessor can hold, by registers and shared memory. Values for sm_80 / sm_90 / sm_100 stand as one
-where they agree."""
+share of the 64 that a multiprocessor can hold, by registers and shared memory. Where sm_80, sm_90 and sm_100 differ,
+the three values stand in this order."""
 
 
 def _listed(values: Any) -> str:

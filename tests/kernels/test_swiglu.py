@@ -3,6 +3,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import reference, swiglu
+from tests.backends import Backend, backends
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -11,40 +12,58 @@ ACTIVATIONS = ["silu", "gelu_tanh"]
 SHAPES = [(1,), (3, 7), (5, 17), (2, 3, 96), (9, 4001), (0, 8), (8, 0)]
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list:
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list:
     torch.manual_seed(0)
-    return [(torch.randn(shape) * 2).to(dtype).requires_grad_() for _ in range(2)]
+    return [(torch.randn(shape) * 2).to(device, dtype).requires_grad_() for _ in range(2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_matches_reference(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("backend", backends("swiglu"))
+def test_matches_reference(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
     check_op(
-        lambda gate, up: swiglu(gate, up, activation=activation, backend="cpp"),
+        lambda gate, up: swiglu(gate, up, activation=activation, backend=backend.name),
         lambda gate, up: reference.swiglu(gate, up, activation),
         _inputs(shape, dtype),
+        device=backend.device,
+    )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", backends("swiglu", gpu_only=True))
+def test_on_gpu_matches_reference(backend: Backend, dtype: torch.dtype, activation: str) -> None:
+    check_op(
+        lambda gate, up: swiglu(gate, up, activation=activation, backend=backend.name),
+        lambda gate, up: reference.swiglu(gate, up, activation),
+        _inputs((300, 14336), dtype),
+        device=backend.device,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_non_contiguous(dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("backend", backends("swiglu"))
+def test_non_contiguous(backend: Backend, dtype: torch.dtype, activation: str) -> None:
     gate = torch.randn(33, 12, dtype=dtype).t().requires_grad_()
     up = torch.randn(12, 66, dtype=dtype)[:, ::2].requires_grad_()
     check_op(
-        lambda gate, up: swiglu(gate, up, activation=activation, backend="cpp"),
+        lambda gate, up: swiglu(gate, up, activation=activation, backend=backend.name),
         lambda gate, up: reference.swiglu(gate, up, activation),
         [gate, up],
+        device=backend.device,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_extreme_gates(dtype: torch.dtype, activation: str) -> None:
-    gate = torch.tensor([-1e4, -100.0, -88.5, -0.0, 0.0, 1e-30, 88.5, 100.0, 1e4], dtype=dtype, requires_grad=True)
+@pytest.mark.parametrize("backend", backends("swiglu"))
+def test_extreme_gates(backend: Backend, dtype: torch.dtype, activation: str) -> None:
+    gates = [-1e4, -100.0, -88.5, -0.0, 0.0, 1e-30, 88.5, 100.0, 1e4]
+    gate = torch.tensor(gates, dtype=dtype, device=backend.device, requires_grad=True)
     up = torch.ones_like(gate).requires_grad_()
-    y = swiglu(gate, up, activation=activation, backend="cpp")
+    y = swiglu(gate, up, activation=activation, backend=backend.name)
     expected = reference.swiglu(gate, up, activation)
     torch.testing.assert_close(y, expected)
     for actual, wanted in zip(
@@ -74,26 +93,26 @@ def test_gradcheck_reference(activation: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (0, 8)])
-def test_opcheck(shape: tuple[int, ...]) -> None:
-    gate, up = _inputs(shape, torch.float32)
-    torch.library.opcheck(torch.ops.forge.swiglu.default, (gate, up, "gelu_tanh"))
+@pytest.mark.parametrize("backend", backends("swiglu"))
+def test_opcheck(backend: Backend, shape: tuple[int, ...]) -> None:
+    ops = torch.ops.forge_triton if backend.name == "triton" else torch.ops.forge
+    gate, up = _inputs(shape, torch.float32, backend.device)
+    torch.library.opcheck(ops.swiglu.default, (gate, up, "gelu_tanh"))
     detached = (gate.detach(), gate.detach(), up.detach())
-    torch.library.opcheck(torch.ops.forge.swiglu_backward.default, (*detached, "silu"))
+    torch.library.opcheck(ops.swiglu_backward.default, (*detached, "silu"))
 
 
-def test_compiles_without_graph_break() -> None:
-    inputs = _inputs((6, 16), torch.float32)
-    compiled = torch.compile(lambda gate, up: swiglu(gate, up) * 2, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad((swiglu(*inputs) * 2).sum(), inputs)
-    actual = torch.autograd.grad(compiled(*inputs).sum(), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+@pytest.mark.parametrize("backend", backends("swiglu"))
+def test_compiles_without_graph_break_and_checkpoints(backend: Backend) -> None:
+    def function(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return swiglu(gate, up, backend=backend.name) * 2
 
-
-def test_activation_checkpointing() -> None:
-    inputs = _inputs((6, 16), torch.float32)
-    expected = torch.autograd.grad(swiglu(*inputs).square().sum(), inputs)
-    actual = torch.autograd.grad(checkpoint(swiglu, *inputs, use_reentrant=False).square().sum(), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    inputs = _inputs((6, 16), torch.float32, backend.device)
+    expected = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for y in (compiled(*inputs), checkpoint(function, *inputs, use_reentrant=False)):
+        actual = torch.autograd.grad(y.square().sum(), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_errors_name_the_argument() -> None:
