@@ -4,6 +4,8 @@ One launch rotates queries and keys: a program has the angles of a few tokens in
 heads. Heads and tokens may be strided (views into a fused projection); results are contiguous.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -84,5 +86,5 @@ def workloads() -> list[Workload]:
         table = meta(8192, d // 2, dtype=torch.float32)
         name = f"rope: {q_heads} + {k_heads} heads of {d}, 8192 tokens{', strided' if fused else ''}"
         least = 4 * (q.numel() + k.numel()) + 8 * table.numel()
-        listed.append(Workload(name, lambda q=q, k=k, table=table: rope(q, k, table, table, False), least))
+        listed.append(Workload(name, partial(rope, q, k, table, table, False), least))
     return listed
