@@ -99,7 +99,7 @@ def base_process(commit: str, suite: str) -> Iterator[BaseProcess]:
 def _run(command: list[str], what: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"{what}: {' '.join(command[:4])}... failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+        raise ValueError(f"{what}: {' '.join(command)} failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
     return done.stdout
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.load import DISTURBED
 from bench.registry import Workload
 from bench.timing import Roofline, Timing
 
@@ -56,23 +57,31 @@ def row(
     missing: Mapping[str, str],
     peaks: Mapping[str, int | None],
     roofline: Roofline,
+    other_load: float | None = None,
 ) -> dict[str, Any]:
     """One workload's results as plain data.
 
     `of_roofline` is the bound of the work (see Roofline) over forge's median; `speedup` and `at_least` are times
-    faster than the peer; `peak_bytes` is what one call needs above what is live (bench/memory.py).
+    faster than the peer; `peak_bytes` is what one call needs above what is live (bench/memory.py); `other_load` is the
+    number of cores that other processes used meanwhile.
     """
     ours = timings["forge"].median
     return _described(workload) | {
-        "of_roofline": roofline.bound_seconds(workload.dtype, workload.flops, workload.bytes) / ours,
+        "of_roofline": of_roofline(_described(workload), ours, roofline),
         "tokens_per_second": {name: workload.tokens / t.median for name, t in timings.items()}
         if workload.tokens
         else {},
         "seconds": {name: timing.as_dict() for name, timing in timings.items()},
         "speedup": {name: timing.median / ours for name, timing in timings.items() if name != "forge"},
         "peak_bytes": {name: peaks.get(name) for name in timings},
+        "other_load": other_load,
         "missing": dict(missing),
     }
+
+
+def of_roofline(item: Mapping[str, Any], seconds: float, roofline: Roofline) -> float:
+    """Share of what the machine reached in this run that a row's work in that time comes to."""
+    return roofline.bound_seconds(item["dtype"], item["flops"], item["bytes"]) / seconds
 
 
 def failed_row(workload: Workload, reason: str, missing: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -104,6 +113,8 @@ def line(item: Mapping[str, Any]) -> str:
         parts.append(f"{item['of_roofline']:.0%} of the roofline")
     if item["tokens_per_second"]:
         parts.append(f"{item['tokens_per_second']['forge']:,.0f} tokens/s")
+    if (item["other_load"] or 0.0) > DISTURBED:
+        parts.append(f"DISTURBED by {item['other_load']:.2f} cores of other load")
     return ", ".join(parts) + "".join(f"  {peer}" for peer in _peers(item, memory=False))
 
 
@@ -126,6 +137,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         if "failed" in item:
             lines.append(f"| {item['op']} | {shape} | FAILED: {item['failed']} | | | | {', '.join(_peers(item))} |")
             continue
+        if (item["other_load"] or 0.0) > DISTURBED:
+            shape += f" (disturbed: {item['other_load']:.2f} cores of other load)"
         ours = item["seconds"]["forge"]
         share = f"{item['of_roofline']:.0%}" if item["of_roofline"] else ""
         rate = f"{item['tokens_per_second']['forge']:,.0f}" if item["tokens_per_second"] else ""

@@ -9,6 +9,7 @@ import torch
 
 from bench import memory, registry, report, timing
 from bench.isolate import Isolated
+from bench.load import OtherLoad
 from bench.registry import Candidate, Missing, Remote, Slow, Workload, suite_device
 
 _AGREE = 0.02  # candidates that return a number (a loss) must return the same one, up to this share of it
@@ -56,6 +57,10 @@ def run(
         say(report.line(rows[-1]))
     if child:
         child.close()
+    roofline = roofline.better(timing.measure_roofline(device))
+    for row in rows:
+        if "seconds" in row:
+            row["of_roofline"] = report.of_roofline(row, row["seconds"]["forge"]["median"], roofline)
     return {
         "suite": suite,
         "environment": report.environment(device),
@@ -96,7 +101,9 @@ def measure(
             missing[name] = candidate.reason if isinstance(candidate, Missing) else registry.reason(error)
     if "forge" not in ready:
         return report.failed_row(workload, missing.pop("forge", "no candidate is called forge"), missing)
-    return report.row(workload, timing.interleaved(ready, seconds=seconds), missing, peaks, roofline)
+    load = OtherLoad()
+    timings = timing.interleaved(ready, seconds=seconds)
+    return report.row(workload, timings, missing, peaks, roofline, load.cores())
 
 
 def try_once(candidate: Candidate, device: str) -> tuple[float | None, int | None]:

@@ -13,7 +13,7 @@ COPIES = 5
 
 
 def _conversations() -> list[list[dict[str, str]]]:
-    rows = [json.loads(line) for line in chat.rows_file().read_text().splitlines()]
+    rows = [json.loads(line) for line in chat.chat_file().read_text().splitlines()]
     pairs = [(row["question"], row["answer"]) for row in rows]
     return [
         [{"role": "user", "content": f"{question} ({copy})"}, {"role": "assistant", "content": answer}]
@@ -47,11 +47,11 @@ def transformers_template() -> Thunk:
 
 
 def _register() -> None:
-    tokens = COPIES * int(chat.store().token_counts.sum())
+    tokens = COPIES * int(chat.store(chat.chat_file()).token_counts.sum())
 
     @workload(
         "build_token_store",
-        f"{COPIES * len(chat.store()):,} conversations, {tokens:,} tokens",
+        f"{COPIES * len(chat.store(chat.chat_file())):,} conversations, {tokens:,} tokens",
         suite="data",
         dtype="int32",
         tokens=tokens,

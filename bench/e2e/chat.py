@@ -1,10 +1,11 @@
-"""The model and the chat data of the end-to-end workloads: those of the demo, fetched and cached as it does.
+"""The model and the data of the end-to-end workloads: those of the demo, fetched and cached as it does.
 
-SmolLM2-135M-Instruct (a 4-bit checkpoint expanded to bfloat16) and the conversations that it wrote itself for the
-demo's general data. Both are made once, in $FORGE_CACHE or ~/.cache/forge_core/demo.
+SmolLM2-135M-Instruct (a 4-bit checkpoint expanded to bfloat16), the conversations that it wrote itself for the demo's
+general data, and the demo's domain rows. All are made once, in $FORGE_CACHE or ~/.cache/forge_core/demo.
 """
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from examples.demo import assets
+from examples.demo import assets, domain
 from examples.demo.convert import convert
 from examples.demo.data import DATA_SEED, generate_answers
 from examples.demo.prompts import rehearsal_prompts
 from examples.demo.rehearsal import RehearsalOptions, rehearsal_rows
-from examples.demo.rows import write_jsonl
+from examples.demo.rows import Row, question_row, write_jsonl
 from forge_core.data import BatchStream, PackedBatch, Tokenizer, TokenStore, build_token_store
 
 BUDGET = 2048
@@ -31,8 +32,8 @@ def model_path() -> Path:
 
 
 @cache
-def rows_file() -> Path:
-    """All conversations as one JSONL file of {"question", "answer"} rows."""
+def chat_file() -> Path:
+    """The conversations as a JSONL file of {"question", "answer"} rows."""
     rows = rehearsal_rows(
         rehearsal_prompts(DATA_SEED),
         RehearsalOptions(seed=DATA_SEED),
@@ -40,36 +41,49 @@ def rows_file() -> Path:
         cache=assets.cache_dir(),
         generate=lambda prompts, options: generate_answers(model_path(), prompts, options),
     )
-    path = Path(tempfile.mkdtemp(prefix="forge-bench-")) / "chat.jsonl"
-    write_jsonl([row for category in rows.values() for row in category], path)
+    return _written("chat", (row for category in rows.values() for row in category))
+
+
+@cache
+def domain_file() -> Path:
+    """The domain's questions and short answers, likewise; without the demo's weights, which peers do not know."""
+    diagnoses = domain.parse_tabular(assets.read_asset(assets.ICD, assets.cache_dir()))
+    rows = [domain.to_row(diagnosis) for diagnosis in domain.split_by_category(diagnoses, seed=DATA_SEED).train]
+    return _written("domain", (question_row(str(row["question"]), str(row["answer"])) for row in rows))
+
+
+def _written(name: str, rows: Iterable[Row]) -> Path:
+    path = Path(tempfile.mkdtemp(prefix="forge-bench-")) / f"{name}.jsonl"
+    write_jsonl(rows, path)
     return path
 
 
 @cache
-def store() -> TokenStore:
-    """The conversations, tokenized."""
-    tokenizer = Tokenizer.from_pretrained(model_path())
-    return build_token_store(rows_file(), tokenizer, max_length=BUDGET, cache_dir=rows_file().parent)
+def store(file: Path) -> TokenStore:
+    """The rows of a file, tokenized."""
+    return build_token_store(file, Tokenizer.from_pretrained(model_path()), max_length=BUDGET, cache_dir=file.parent)
 
 
 @cache
-def pack() -> PackedBatch:
-    """The first pack of 2048 tokens of a run with seed 0."""
-    return BatchStream([store()], [1.0], budget=BUDGET, packs_per_step=1, seed=0).next_step()[0]
+def pack(data: str) -> PackedBatch:
+    """The first pack of 2048 tokens of a run with seed 0: "chat" alone, or "mix", half of the tokens domain rows."""
+    files = {"chat": [chat_file()], "mix": [domain_file(), chat_file()]}[data]
+    stores = [store(file) for file in files]
+    return BatchStream(stores, [1 / len(stores)] * len(stores), budget=BUDGET, packs_per_step=1, seed=0).next_step()[0]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One conversation as transformers takes it: labels are the inputs, -100 where there is no loss; not shifted."""
+class Example:
+    """One document as transformers takes it: labels are the inputs, -100 where there is no loss; not shifted."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
 
 
-def rows_of(batch: PackedBatch) -> list[Row]:
+def examples(batch: PackedBatch) -> list[Example]:
     """The documents of a pack."""
     bounds = batch.cu_seqlens.tolist()
     # targets[i] is what follows token i; transformers shifts by itself, so its label stands at token i + 1.
     labels = batch.targets.roll(1)
     labels[bounds[:-1]] = -100
-    return [Row(batch.input_ids[a:b], labels[a:b]) for a, b in pairwise(bounds)]
+    return [Example(batch.input_ids[a:b], labels[a:b]) for a, b in pairwise(bounds)]

@@ -13,7 +13,7 @@ def prompts() -> list[list[int]]:
     """The first conversations up to where the answer begins."""
     result = []
     for index in range(BATCH):
-        tokens, loss_mask, _ = chat.store().sample(index)
+        tokens, loss_mask, _ = chat.store(chat.chat_file()).sample(index)
         result.append(tokens[: int(loss_mask.argmax())].tolist())
     return result
 

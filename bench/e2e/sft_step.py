@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from bench.e2e import chat
-from bench.registry import Candidates, Missing, Slow, Thunk, peer, workload
+from bench.registry import Candidates, Slow, Thunk, peer, workload
+from forge_core.data import PackedBatch
 from forge_core.kernels import PackPlan, weighted_linear_cross_entropy
 from forge_core.model import LoraConfig, ModelConfig, adapter_parameters, add_lora, load_model
 from forge_core.train.optimizer import MasterAdamW
@@ -19,8 +20,7 @@ from forge_core.train.optimizer import MasterAdamW
 RANK, ALPHA, LEARNING_RATE = 32, 64, 1e-5
 FORMULA = (
     "FLOPs of a LoRA step: 4 N tokens (N = weights of all matmuls, forward and dX; the frozen base has no dW) + "
-    "6 r (in + out) tokens per adapted matmul + 14 head_dim heads sum(L (L + 1) / 2) per layer, inside documents. "
-    "{head}"
+    "6 r (in + out) tokens per adapted matmul + 14 head_dim heads sum(L (L + 1) / 2) per layer, inside documents."
 )
 
 
@@ -35,9 +35,8 @@ def step_flops(config: ModelConfig, lengths: list[int], head_rows: int, rank: in
     return c.num_layers * (matmuls + attention) + 4.0 * head_rows * c.hidden_size * c.vocab_size
 
 
-def forge() -> Thunk:
+def forge(batch: PackedBatch) -> Thunk:
     """The step as forge_core's trainer makes it."""
-    batch = chat.pack()
     model = load_model(chat.model_path(), dtype=torch.bfloat16)
     add_lora(model, LoraConfig(rank=RANK, alpha=ALPHA))
     model.train()
@@ -91,9 +90,9 @@ def transformers_step(**inputs: torch.Tensor) -> Thunk:
     return step
 
 
-def packed() -> Thunk:
+def packed(batch: PackedBatch) -> Thunk:
     """One row; transformers finds the documents from position_ids and gives SDPA a block mask."""
-    rows = chat.rows_of(chat.pack())
+    rows = chat.examples(batch)
     return transformers_step(
         input_ids=torch.cat([row.input_ids for row in rows])[None],
         labels=torch.cat([row.labels for row in rows])[None],
@@ -101,9 +100,9 @@ def packed() -> Thunk:
     )
 
 
-def padded() -> Thunk:
+def padded(batch: PackedBatch) -> Thunk:
     """One row per document, all as long as the longest."""
-    rows = chat.rows_of(chat.pack())
+    rows = chat.examples(batch)
     pad = torch.nn.utils.rnn.pad_sequence
     return transformers_step(
         input_ids=pad([row.input_ids for row in rows], batch_first=True),
@@ -112,14 +111,14 @@ def padded() -> Thunk:
     )
 
 
-def trl_step() -> Thunk:
+def trl_step(batch: PackedBatch) -> Thunk:
     """A step of TRL's SFTTrainer with best-fit packing: its own data preparation, collator, loss and metrics."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import datasets
     import transformers
     import trl
 
-    rows = chat.rows_of(chat.pack())
+    rows = chat.examples(batch)
     table = [{"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows]
     trainer = trl.SFTTrainer(
         transformers.AutoModelForCausalLM.from_pretrained(chat.model_path(), dtype=torch.bfloat16),
@@ -133,13 +132,13 @@ def trl_step() -> Thunk:
         processing_class=transformers.AutoTokenizer.from_pretrained(chat.model_path()),
         peft_config=peft_config(),
     )  # fmt: skip
-    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = next(iter(trainer.get_train_dataloader()))
     optimizer = trainer.create_optimizer()
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.current_gradient_accumulation_steps = 1
 
     def step() -> float:
-        loss = trainer.training_step(trainer.model, dict(batch))
+        loss = trainer.training_step(trainer.model, dict(inputs))
         trainer.accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -148,37 +147,32 @@ def trl_step() -> Thunk:
     return step
 
 
-def _register() -> None:
-    batch = chat.pack()
+def _register(data: str, name: str, headline: bool) -> None:
+    batch = chat.pack(data)
     lengths = batch.cu_seqlens.diff().tolist()
     config = ModelConfig.from_file(chat.model_path() / "config.json")
     useful = step_flops(config, lengths, batch.loss_tokens, RANK)
     flops = step_flops(config, lengths, batch.tokens, RANK)
-    head = (
-        f"N includes the head for every token; counted only for the {batch.loss_tokens} of {batch.tokens} tokens with "
-        f"loss, the percentage is {useful / flops:.3f} of the one given."
-    )
 
     @workload(
         "sft_step",
-        f"SmolLM2-135M LoRA r{RANK}, {batch.tokens} tokens, {len(lengths)} conversations",
+        f"SmolLM2-135M LoRA r{RANK}, {name}: {batch.tokens} tokens, {len(lengths)} documents up to {max(lengths)}",
         suite="e2e",
         flops=flops,
         tokens=batch.tokens,
-        note=FORMULA.format(head=head),
+        note=f"{FORMULA} N includes the head for every token; counted only where there is loss ({batch.loss_tokens} of "
+        f"{batch.tokens} tokens), the percentage of {name} is {useful / flops:.3f} of the one given.",
         at_least={"transformers + PEFT packed": 2.0, "TRL SFTTrainer": 2.0, "transformers + PEFT padded": 6.0},
-        headline=True,
+        headline=headline,
     )
     def build() -> Candidates:
-        def few(module: str, make: Any, rounds: int) -> Thunk | Slow | Missing:
-            return peer(module, lambda: Slow(make(), rounds))
-
         return {
-            "forge": forge(),
-            "transformers + PEFT packed": few("peft", packed, 3),
-            "TRL SFTTrainer": few("trl", trl_step, 3),
-            "transformers + PEFT padded": few("peft", padded, 2),
+            "forge": forge(batch),
+            "transformers + PEFT packed": peer("peft", lambda: Slow(packed(batch), 3)),
+            "TRL SFTTrainer": peer("trl", lambda: Slow(trl_step(batch), 2)),
+            "transformers + PEFT padded": peer("peft", lambda: Slow(padded(batch), 2)),
         }
 
 
-_register()
+_register("chat", "chat", headline=True)
+_register("mix", "chat and short domain rows", headline=True)

@@ -43,9 +43,9 @@ def logprobs_of_logits(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[T
     return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
-def matmuls_alone(hidden: Tensor, head: Tensor, rows: Tensor, frozen: bool) -> Callable[[], object]:
-    """The floor: the logits of the rows that count and the gradients from them, without any softmax."""
-    x, w = hidden.detach()[rows], head.detach()
+def matmuls_alone(hidden: Tensor, head: Tensor, rows: int, frozen: bool) -> Callable[[], object]:
+    """The floor: the logits of as many rows as count and the gradients from them, without any softmax."""
+    x, w = hidden.detach()[:rows], head.detach()
 
     def call() -> object:
         logits = x @ w.T
