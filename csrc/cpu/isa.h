@@ -11,6 +11,7 @@
 // headers (their inline functions would be merged across the compilations), only raw pointers and what vec.h defines.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #ifndef FORGE_ISA
@@ -36,7 +37,13 @@ struct IsaTable {
 template <class K>
 struct RegisterKernels {
   explicit RegisterKernels(const K& kernels) {
-    IsaTable<K>::entries[FORGE_ISA_LEVEL] = kernels;
+    // Runs when the library is loaded, on every CPU: copied word by word, since a struct copy would be made of vector
+    // instructions of this level. `volatile` keeps the compiler from joining the words again.
+    typedef uintptr_t __attribute__((may_alias)) Word;
+    static_assert(sizeof(K) % sizeof(Word) == 0, "K is a struct of function pointers");
+    volatile Word* to = reinterpret_cast<volatile Word*>(&IsaTable<K>::entries[FORGE_ISA_LEVEL]);
+    const Word* from = reinterpret_cast<const Word*>(&kernels);
+    for (size_t i = 0; i < sizeof(K) / sizeof(Word); ++i) to[i] = from[i];
     IsaTable<K>::present[FORGE_ISA_LEVEL] = true;
   }
 };
