@@ -6,10 +6,6 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/matmul_nt.h"
 #include "cpu/tensor.h"
 
@@ -26,18 +22,6 @@ inline int64_t check_linear_head(const Tensor& hidden, const Tensor& lm_head, co
               "targets", toString(targets.scalar_type()) << " with " << targets.numel() << " elements",
               "int64 [" << hidden.size(0) << "]");
   return hidden.size(0);
-}
-
-// Asks for large pages before the first touch: 100 MB of logits are 25 000 page faults otherwise, a third of the time of
-// a chunk. Where the system has none to give, nothing changes.
-inline void use_large_pages(const Tensor& x) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (first + static_cast<uintptr_t>(x.numel()) * x.element_size()) / kPage * kPage;
-  if (end >= begin + (size_t{4} << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 constexpr int64_t kChunkBytes = int64_t{128} << 20;
@@ -63,7 +47,6 @@ class LinearHeadChunks {
     chunks_ = chunks_ == 0 ? 0 : (count + chunk_rows_ - 1) / chunk_rows_;
     gathered_stride_ = round_up(width_, 2);
     logits_ = new_tensor({chunk_rows_, stride_}, ScalarType::Float);
-    use_large_pages(logits_);
     gathered_ = new_zeros({chunk_rows_, gathered_stride_}, dtype_);
     if (need_dhidden) {
       dhidden_ = count == hidden.size(0) ? new_tensor({hidden.size(0), width_}, dtype_)

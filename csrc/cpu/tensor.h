@@ -11,6 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "check.h"
 #include "cpu/vec.h"
 
@@ -22,8 +26,23 @@ using torch::stable::Tensor;
 // Names differ from torch::stable's, which argument-dependent lookup would also find.
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+// Asks for large pages before the first touch. The allocator gives big tensors fresh memory at every call, and the page
+// faults of 4 KiB pages then cost a third of the time of 100 MB of logits, a quarter of an attention forward of 32 MB.
+// Where the system has no large pages to give, nothing changes.
+inline void use_large_pages(const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (first + static_cast<uintptr_t>(x.numel()) * x.element_size()) / kPage * kPage;
+  if (end >= begin + (size_t{4} << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  Tensor result = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  use_large_pages(result);
+  return result;
 }
 
 inline Tensor new_zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {
