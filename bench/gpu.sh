@@ -55,12 +55,15 @@ print({op: names for op, names in available_backends().items()})
 PY
 
 # --- tests
-mapfile -t files < <(grep -rlE 'mark\.gpu|"gpu"' tests --include='*.py' | sort | awk -v i="$index" -v n="$parts" 'NR % n == i % n')
+# collected [-k ...]: number of tests and file, one line for each file of this part
+collected() {
+  "$python" -m pytest -q -m gpu --collect-only tests "$@" 2>/dev/null | sed -n 's/::.*//p' | sort | uniq -c |
+    awk -v i="$index" -v n="$parts" 'NR % n == i % n'
+}
+mapfile -t files < <(collected | awk '{print $2}')
 if [ -n "$dry" ]; then
   say "tests marked gpu (part $part)"
-  for file in "${files[@]}"; do
-    "$python" -m pytest -q -m gpu --collect-only "$file" 2>&1 | tail -1 | sed "s|^|$file: |"
-  done
+  collected
   say "workloads and peers (part $part)"
   exec "$python" -m bench run --suite gpu --part "$part" --dry-run
 fi
@@ -73,8 +76,7 @@ for file in "${files[@]}"; do
   note "$file: $(tail -1 /tmp/forge-gpu-test.log)" "$failed"
 done
 if command -v compute-sanitizer >/dev/null; then
-  for file in "${files[@]}"; do
-    grep -q '"cuda"' "$file" || continue  # the CUDA C++ ops; Triton's kernels have their own tests of bounds
+  for file in $(collected -k cuda | awk '{print $2}'); do  # the CUDA C++ ops; Triton's kernels test their bounds
     say "compute-sanitizer $file"
     timeout 120 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -x -m gpu -k cuda "$file" 2>&1 | tail -4
     failed=${PIPESTATUS[0]}

@@ -41,13 +41,13 @@ def forge(batch: PackedBatch) -> Thunk:
     add_lora(model, LoraConfig(rank=RANK, alpha=ALPHA))
     model.train()
     optimizer = MasterAdamW(adapter_parameters(model))
-    normalizer = float(batch.token_weights.sum())
+    normalizer, sources = float(batch.token_weights.sum()), int(batch.source_ids.max()) + 1
 
     def step() -> float:
         hidden = model(batch.input_ids, batch.cu_seqlens, plan=PackPlan(batch.cu_seqlens.numpy()))
         loss = weighted_linear_cross_entropy(
             hidden, model.lm_head_weight, batch.targets, batch.token_weights, source_ids=batch.source_ids,
-            normalizer=normalizer,
+            num_sources=sources, normalizer=normalizer,
         ).loss  # fmt: skip
         loss.backward()
         optimizer.step(LEARNING_RATE)

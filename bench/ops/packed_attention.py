@@ -41,8 +41,8 @@ PACKS = {
 }
 
 
-def candidates(pack: Pack, backward: bool, device: str) -> Candidates:
-    """forge and its peers on one pack."""
+def candidates(pack: Pack, backward: bool, device: str, varlen: bool) -> Candidates:
+    """forge and its peers on one pack; with `varlen` also the kernels that only GPUs have."""
     lengths = pack.lengths()
     shape = (pack.tokens, pack.q_heads, pack.d)
     q = torch.randn(*shape, dtype=torch.bfloat16, device=device, requires_grad=backward)
@@ -66,10 +66,10 @@ def candidates(pack: Pack, backward: bool, device: str) -> Candidates:
         mask = peers.block_mask(lengths, device)
         masked = candidate(lambda: peers.sdpa_block_mask(q, k, v, mask))
         result["SDPA block mask"] = Slow(masked, 1) if device == "cpu" else masked  # up to 16 s a call
-    if device == "cuda":
-        varlen = (q, k, v, cu_seqlens, max(lengths))
-        result["torch varlen_attn"] = peer("torch", lambda: candidate(peers.torch_varlen(*varlen)))
-        result["flash-attn"] = peer("flash_attn", lambda: candidate(peers.flash_attn_varlen(*varlen)))
+    if varlen:
+        inputs = (q, k, v, cu_seqlens, max(lengths))
+        result["torch varlen_attn"] = peer("torch", lambda: candidate(peers.torch_varlen(*inputs)))
+        result["flash-attn"] = peer("flash_attn", lambda: candidate(peers.flash_attn_varlen(*inputs)))
     return result
 
 
@@ -92,7 +92,7 @@ def _register(suite: str, pack: Pack, backward: bool) -> None:
         headline=backward,
     )
     def build() -> Candidates:
-        return candidates(pack, backward, device)
+        return candidates(pack, backward, device, varlen=suite == "gpu")
 
 
 for suite, packs in PACKS.items():
