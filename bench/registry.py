@@ -1,9 +1,9 @@
 """What is measured: workloads with their floor in FLOPs and bytes, and the candidates that compete on each.
 
-A module in bench/ops, bench/e2e or bench/data registers its workloads with the `workload` decorator. The decorated
-function builds the inputs once and returns the candidates that share them: `forge` first, then the peers. A peer that
-cannot run here is given as `Missing(reason)` and is listed as such in every report, never dropped; one that raises when
-it is tried becomes `Missing` with the error as its reason.
+A module in bench/ops, bench/gpu, bench/e2e or bench/data registers its workloads with the `workload` decorator. The
+decorated function builds the inputs once and returns the candidates that share them: `forge` first, then the peers. A
+peer that cannot run here is given as `Missing(reason)` and is listed as such in every report, never dropped; one that
+raises when it is tried becomes `Missing` with the error as its reason.
 """
 
 import importlib
@@ -72,7 +72,7 @@ class Workload:
 
 
 WORKLOADS: list[Workload] = []
-SUITES = {"cpu": "bench.ops", "gpu": "bench.ops", "e2e": "bench.e2e", "data": "bench.data"}
+SUITES = {"cpu": ("bench.ops",), "gpu": ("bench.ops", "bench.gpu"), "e2e": ("bench.e2e",), "data": ("bench.data",)}
 
 
 def workload(
@@ -125,13 +125,13 @@ def load(suite: str, pattern: str = "", part: tuple[int, int] = (1, 1), *, skip_
     """
     if suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(SUITES)}")
-    package = importlib.import_module(SUITES[suite])
-    for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-        try:
-            importlib.import_module(f"{package.__name__}.{module}")
-        except ImportError:
-            if not skip_broken:
-                raise
+    for package in map(importlib.import_module, SUITES[suite]):
+        for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
+            try:
+                importlib.import_module(f"{package.__name__}.{module}")
+            except ImportError:
+                if not skip_broken:
+                    raise
     chosen = [workload for workload in WORKLOADS if workload.suite == suite and pattern in workload.name]
     if not chosen:
         names = "\n  ".join(f"{workload.suite}: {workload.name}" for workload in WORKLOADS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench import flops
 from bench.e2e import chat
 from bench.registry import Candidates, Slow, Thunk, peer, workload
 from forge_core.data import PackedBatch
@@ -18,21 +19,6 @@ from forge_core.model import LoraConfig, ModelConfig, adapter_parameters, add_lo
 from forge_core.train.optimizer import MasterAdamW
 
 RANK, ALPHA, LEARNING_RATE = 32, 64, 1e-5
-FORMULA = (
-    "FLOPs of a LoRA step: 4 N tokens (N = weights of all matmuls, forward and dX; the frozen base has no dW) + "
-    "6 r (in + out) tokens per adapted matmul + 14 head_dim heads sum(L (L + 1) / 2) per layer, inside documents."
-)
-
-
-def step_flops(config: ModelConfig, lengths: list[int], head_rows: int, rank: int) -> float:
-    """FLOPs of one step by `FORMULA`; the head counts `head_rows` rows."""
-    tokens, c = sum(lengths), config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    shapes = [(c.hidden_size, q), (c.hidden_size, kv), (c.hidden_size, kv), (q, c.hidden_size)]
-    shapes += [(c.hidden_size, c.intermediate_size)] * 2 + [(c.intermediate_size, c.hidden_size)]
-    matmuls = sum(4.0 * k * n + 6.0 * rank * (k + n) for k, n in shapes) * tokens
-    attention = 14.0 * c.head_dim * c.num_heads * sum(n * (n + 1) / 2 for n in lengths)
-    return c.num_layers * (matmuls + attention) + 4.0 * head_rows * c.hidden_size * c.vocab_size
 
 
 def forge(batch: PackedBatch) -> Thunk:
@@ -151,17 +137,17 @@ def _register(data: str, name: str, headline: bool) -> None:
     batch = chat.pack(data)
     lengths = batch.cu_seqlens.diff().tolist()
     config = ModelConfig.from_file(chat.model_path() / "config.json")
-    useful = step_flops(config, lengths, batch.loss_tokens, RANK)
-    flops = step_flops(config, lengths, batch.tokens, RANK)
+    useful = flops.lora_step(config, lengths, batch.loss_tokens, RANK)
+    counted = flops.lora_step(config, lengths, batch.tokens, RANK)
 
     @workload(
         "sft_step",
         f"SmolLM2-135M LoRA r{RANK}, {name}: {batch.tokens} tokens, {len(lengths)} documents up to {max(lengths)}",
         suite="e2e",
-        flops=flops,
+        flops=counted,
         tokens=batch.tokens,
-        note=f"{FORMULA} N includes the head for every token; counted only where there is loss ({batch.loss_tokens} of "
-        f"{batch.tokens} tokens), the percentage of {name} is {useful / flops:.3f} of the one given.",
+        note=f"{flops.LORA_STEP} N includes the head for every token; counted only where there is loss "
+        f"({batch.loss_tokens} of {batch.tokens} tokens), the percentage of {name} is {useful / counted:.3f} x that.",
         at_least={"transformers + PEFT packed": 2.0, "TRL SFTTrainer": 2.0, "transformers + PEFT padded": 6.0},
         headline=headline,
     )

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from bench import flops
+from bench.gpu import sft_step as llama_bench
 from bench.ops import lora_linear as lora_bench
 from bench.ops import packed_attention as attention_bench
 from bench.ops import weighted_linear_cross_entropy as loss_bench
 from bench.peers import lora
 from bench.registry import Missing, Slow
+from forge_core.model import ModelConfig
 
 
 @pytest.mark.parametrize("function", [lora.peft, lora.unsloth_style, lora.lorafusion_scheme])
@@ -61,3 +64,25 @@ def test_loss_peers_agree() -> None:
     del candidates["full logits compiled"]
     (ours,), (theirs,) = candidates["forge"](), candidates["full logits"]()  # type: ignore[operator,misc]
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0.02)
+
+
+def test_gpu_step_runs_on_a_small_model_and_trains_the_same_tokens() -> None:
+    tiny = llama_bench.MODELS["Llama-3-8B"] | {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    pack = attention_bench.Pack(64, 0, 0, 0, mean=16)
+    llama_bench.RANK = 2
+    llama_bench.forge(tiny, pack, "cpu")()
+    llama_bench.transformers_peft(tiny, pack, "cpu")()
+    _, targets, weights = llama_bench._inputs(96, pack, "cpu")
+    assert 0 < weights.sum() < 64 and torch.equal(weights != 0, targets != -100)
+
+
+def test_flops_of_a_step_are_four_per_weight_and_token() -> None:
+    raw = llama_bench.MODELS["Llama-3-8B"]
+    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
+    config = ModelConfig.from_dict(raw)
+    no_adapter, tokens = flops.lora_step(config, [1] * 100, 100, 0), 100
+    assert no_adapter == pytest.approx(4 * weights * tokens, rel=1e-3)  # documents of one token: next to no attention
+    assert flops.lora_step(config, [100], 100, 0) > no_adapter

@@ -1,0 +1,1 @@
+"""Whole steps on a GPU."""
