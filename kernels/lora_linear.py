@@ -1,13 +1,15 @@
 """Linear layer with a frozen weight and a low-rank adapter, single or grouped over one input."""
 
 from collections.abc import Sequence
-from typing import overload
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .registry import Op, cpp_reasons, no_reasons
+from .library import register_op
+from .registry import Op, cpp_reasons, no_reasons, triton_reasons
 
 OP = Op("lora_linear")
 
@@ -74,7 +76,7 @@ def lora_linear(
         bias: [out], dtype of x.
         dropout_p: probability in [0, 1) with which an element of x does not reach the adapter.
         dropout_seed: int64 scalar tensor or int, required when dropout_p > 0.
-        backend: "auto" tries "cpp" (CPU), then "reference".
+        backend: "auto" tries "cpp" (CPU), "triton", then "reference".
 
     Returns:
         [..., out], dtype of x; a tuple of them for the grouped form.
@@ -162,7 +164,8 @@ def _checked_seed(dropout_p: float, dropout_seed: Tensor | int | None, device: t
     return dropout_seed
 
 
-def _run_compiled(
+def _run(
+    ops: Any,
     x: Tensor,
     weights: list[Tensor],
     lora_a: list[Tensor],
@@ -175,8 +178,11 @@ def _run_compiled(
     given = []
     if any(bias is not None for bias in biases):
         given = [x.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    s = torch.ops.forge.lora_shrink(x, lora_a, scalings, dropout_p, dropout_seed)
-    return tuple(torch.ops.forge.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed))
+    s = ops.lora_shrink(x, lora_a, scalings, dropout_p, dropout_seed)
+    return tuple(ops.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed))
+
+
+MAX_RANK = 256  # of the Triton kernels, which hold a rank in registers
 
 
 def _reasons(
@@ -185,7 +191,18 @@ def _reasons(
     return cpp_reasons(x, *weights, *lora_a, *lora_b, *biases)
 
 
-OP.register("cpp", _run_compiled, _reasons)
+def _triton_reasons(
+    x: Tensor, weights: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], biases: list[Tensor | None]
+) -> list[str]:
+    reasons = triton_reasons(x, *weights, *lora_a, *lora_b, *biases)
+    largest = max(a.shape[0] for a in lora_a)
+    if largest > MAX_RANK:
+        reasons.append(f"takes ranks up to {MAX_RANK}, got {largest}")
+    return reasons
+
+
+OP.register("cpp", partial(_run, torch.ops.forge), _reasons)
+OP.register("triton", partial(_run, torch.ops.forge_triton), _triton_reasons)
 OP.register("reference", reference.lora_linear, no_reasons)
 
 
@@ -194,14 +211,12 @@ OP.register("reference", reference.lora_linear, no_reasons)
 # at the top of csrc/cpu/lora_linear.cpp. Neither op is public, and neither is right without the other.
 
 
-@torch.library.register_fake("forge::lora_shrink")
 def _fake_shrink(
     x: Tensor, lora_a: list[Tensor], scaling: list[float], dropout_p: float, dropout_seed: Tensor | None
 ) -> Tensor:
     return x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_a))
 
 
-@torch.library.register_fake("forge::lora_shrink_backward")
 def _fake_shrink_backward(
     ds: Tensor, x: Tensor, ranks: list[int], wide: list[bool], dropout_p: float, dropout_seed: Tensor | None
 ) -> list[Tensor]:
@@ -219,18 +234,18 @@ def _setup_shrink(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x)
 
 
-def _backward_shrink(ctx, ds: Tensor):  # type: ignore[no-untyped-def]
+def _backward_shrink(ops, ctx, ds: Tensor):  # type: ignore[no-untyped-def]
     das: list[Tensor] | list[None] = [None] * ctx.projections
     if any(ctx.needs_input_grad[1]):
         (x,) = ctx.saved_tensors
-        das = torch.ops.forge.lora_shrink_backward(ds, x, ctx.ranks, ctx.wide, ctx.dropout_p, ctx.dropout_seed)
+        das = ops.lora_shrink_backward(ds, x, ctx.ranks, ctx.wide, ctx.dropout_p, ctx.dropout_seed)
     return None, das, None, None, None
 
 
-torch.library.register_autograd("forge::lora_shrink", _backward_shrink, setup_context=_setup_shrink)
+register_op("lora_shrink", _fake_shrink, _backward_shrink, _setup_shrink, gpu="lora_linear")
+register_op("lora_shrink_backward", _fake_shrink_backward, gpu="lora_linear")
 
 
-@torch.library.register_fake("forge::lora_matmul")
 def _fake_matmul(
     x: Tensor,
     s: Tensor,
@@ -245,7 +260,6 @@ def _fake_matmul(
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
-@torch.library.register_fake("forge::lora_matmul_backward")
 def _fake_matmul_backward(
     dys: list[Tensor],
     s: Tensor,
@@ -268,9 +282,9 @@ def _setup_matmul(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     # this op again just to save it. x is not kept at all; S costs tokens * rank.
 
 
-def _backward_matmul(ctx, dys: list[Tensor]):  # type: ignore[no-untyped-def]
+def _backward_matmul(ops, ctx, dys: list[Tensor]):  # type: ignore[no-untyped-def]
     need_x, need_s, _, _, need_b, need_bias, *_ = ctx.needs_input_grad
-    dx, ds, dbs = torch.ops.forge.lora_matmul_backward(
+    dx, ds, dbs = ops.lora_matmul_backward(
         dys,
         ctx.s,
         ctx.weights,
@@ -297,4 +311,5 @@ def _backward_matmul(ctx, dys: list[Tensor]):  # type: ignore[no-untyped-def]
     )
 
 
-torch.library.register_autograd("forge::lora_matmul", _backward_matmul, setup_context=_setup_matmul)
+register_op("lora_matmul", _fake_matmul, _backward_matmul, _setup_matmul, gpu="lora_linear")
+register_op("lora_matmul_backward", _fake_matmul_backward, gpu="lora_linear")

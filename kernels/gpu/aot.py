@@ -23,7 +23,7 @@ from typing import Any
 
 from .workload import Workload
 
-OPS = ("rms_norm", "rope", "swiglu")
+OPS = ("rms_norm", "rope", "swiglu", "lora_linear")
 ARCHITECTURES = (80, 90, 100)
 
 # Shared memory that one program can have, and that a multiprocessor has for all of its programs (1 KiB of it reserved
@@ -218,7 +218,8 @@ def table(kernels: Sequence[Kernel], ops: Sequence[str] = OPS) -> str:
             mine = [kernel for kernel in kernels if kernel.workload == workload.name]
             hopper = [kernel for kernel in mine if kernel.architecture == 90]
             floor = max(workload.bytes / BYTES_PER_SECOND, workload.flops / FLOPS_PER_SECOND)
-            times = f"{predicted_seconds(hopper, workload.flops) * 1e6:.1f} | {floor * 1e6:.1f}"
+            predicted = f"{predicted_seconds(hopper, workload.flops) * 1e6:.1f}" if hopper else "not for sm_90"
+            times = f"{predicted} | {floor * 1e6:.1f}"
             launched = len(mine) // len(workload.architectures)
             for i in range(launched):
                 each = mine[i::launched]

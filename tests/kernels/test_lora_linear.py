@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -6,7 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from forge_core.kernels import lora_linear, reference
+from forge_core.kernels import library, lora_linear, reference
+from tests.backends import Backend, backends
 from tests.tolerance import check_op
 
 # dtype of x and the weights, dtype of the adapters
@@ -16,14 +18,24 @@ DTYPES = [
     (torch.bfloat16, torch.float32),
 ]
 # tokens, in, out of each projection, rank of each: one row, odd sizes, a group of unlike projections, more than one
-# panel and one block of tokens, nothing.
+# panel and one block of tokens with a rank beyond a tile, nothing.
 SIZES = [
     (1, 24, (17,), (3,)),
     (33, 50, (20,), (5,)),
     (70, 130, (64, 33, 17), (8, 3, 16)),
-    (300, 65, (40, 129), (4, 4)),
+    (300, 65, (40, 129), (4, 40)),
     (0, 8, (4, 6), (2, 1)),
 ]
+# Besides, on a GPU: several tiles of the large matmul and their edges, ranks of one and two steps of it, and four
+# projections, which no launch takes at once.
+LARGE_SIZES = [
+    (1000, 512, (768, 256, 256), (16, 16, 16)),
+    (600, 1032, (1000,), (64,)),
+    (513, 256, (520, 264), (128, 32)),
+    (300, 384, (256, 128, 64, 40), (8, 8, 8, 200)),
+]
+# The interpreter takes its time: half of the combinations reach every line of the kernels.
+BIAS_AND_DROPOUT = [(False, 0.0), (True, 0.3)] + ([] if library.TRITON_INTERPRETED else [(True, 0.0), (False, 0.3)])
 SEED = torch.tensor(-123456789012345)
 
 
@@ -39,14 +51,23 @@ def _inputs(size: tuple, dtypes: tuple[torch.dtype, torch.dtype], bias: bool = F
     return [x, weights, a, b, biases]
 
 
+def _on(backend: Backend, inputs: list) -> list:
+    """The inputs on the backend's device, as new leaves."""
+
+    def moved(t: Tensor) -> Tensor:
+        return t.detach().to(backend.device).requires_grad_(t.requires_grad)
+
+    return [[moved(t) for t in i] if isinstance(i, list) else i if i is None else moved(i) for i in inputs]
+
+
 def _scalings(weights: list) -> list[float]:
     return [0.7 + 0.1 * i for i in range(len(weights))]
 
 
-def _cpp(x, weights, a, b, biases=None, scaling=None, p=0.0):  # type: ignore[no-untyped-def]
-    scaling = _scalings(weights) if scaling is None else scaling
+def _ours(x, weights, a, b, biases=None, p=0.0, backend="cpp"):  # type: ignore[no-untyped-def]
+    seed = SEED.to(x.device) if p else None
     return lora_linear(
-        x, weights, a, b, scaling=scaling, bias=biases, dropout_p=p, dropout_seed=SEED if p else None, backend="cpp"
+        x, weights, a, b, scaling=_scalings(weights), bias=biases, dropout_p=p, dropout_seed=seed, backend=backend
     )
 
 
@@ -72,27 +93,46 @@ class _Calls(TorchDispatchMode):
         self.names.append(func.name())
         return func(*args, **(kwargs or {}))
 
+    def count(self, op: str) -> int:
+        """Calls of the op in either namespace."""
+        return self.names.count(f"forge::{op}") + self.names.count(f"forge_triton::{op}")
+
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_matches_reference(size: tuple, dtypes: tuple, bias: bool, p: float) -> None:
+@pytest.mark.parametrize(("bias", "p"), BIAS_AND_DROPOUT)
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_matches_reference(backend: Backend, size: tuple, dtypes: tuple, bias: bool, p: float) -> None:
     check_op(
-        lambda x, w, a, b, c=None: _cpp(x, w, a, b, c, p=p),
+        lambda x, w, a, b, c=None: _ours(x, w, a, b, c, p=p, backend=backend.name),
         lambda x, w, a, b, c=None: _reference(x, w, a, b, c, p=p),
         _inputs(size, dtypes, bias),
+        device=backend.device,
+    )
+
+
+@pytest.mark.parametrize("dtypes", [*DTYPES, (torch.float16, torch.float32)])
+@pytest.mark.parametrize("size", LARGE_SIZES)
+@pytest.mark.parametrize(("bias", "p"), [(False, 0.0), (True, 0.1)])
+@pytest.mark.parametrize("backend", backends("lora_linear", gpu_only=True))
+def test_on_gpu_matches_reference(backend: Backend, size: tuple, dtypes: tuple, bias: bool, p: float) -> None:
+    check_op(
+        lambda x, w, a, b, c=None: _ours(x, w, a, b, c, p=p, backend=backend.name),
+        lambda x, w, a, b, c=None: _reference(x, w, a, b, c, p=p),
+        _inputs(size, dtypes, bias),
+        device=backend.device,
     )
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_non_contiguous(dtypes: tuple) -> None:
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_non_contiguous(backend: Backend, dtypes: tuple) -> None:
     dtype, adapter = dtypes
     x = torch.randn(40, 30, dtype=dtype).t().requires_grad_()
     weight = (torch.randn(40, 25, dtype=dtype) / 6).t()
     a = (torch.randn(40, 4, dtype=adapter) / 6).t().requires_grad_()
     b = (torch.randn(25, 8, dtype=adapter) / 2)[:, ::2].requires_grad_()
-    check_op(_cpp, _reference, [x, [weight], [a], [b]])
+    check_op(partial(_ours, backend=backend.name), _reference, [x, [weight], [a], [b]], device=backend.device)
 
 
 def test_single_form_and_leading_dimensions() -> None:
@@ -120,27 +160,30 @@ def test_missing_bias_of_a_group_is_zero() -> None:
     torch.testing.assert_close(torch.autograd.grad(mixed[0].sum(), biases[0])[0], torch.full((6,), 5.0))
 
 
-def test_float32_masters_get_unrounded_gradients() -> None:
-    inputs = _inputs((256, 96, (64,), (8,)), DTYPES[2])
-    for gradient in _gradients(_cpp, inputs)[2:]:
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_float32_masters_get_unrounded_gradients(backend: Backend) -> None:
+    inputs = _on(backend, _inputs((64, 96, (64,), (8,)), DTYPES[2]))
+    for gradient in _gradients(partial(_ours, backend=backend.name), inputs)[2:]:
         assert gradient.dtype == torch.float32
         assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
-    x, weights, a, b, _ = _inputs((9, 16, (8, 6), (4, 2)), DTYPES[0])
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_only_what_needs_a_gradient_gets_one(backend: Backend) -> None:
+    ours = partial(_ours, backend=backend.name)
+    x, weights, a, b, _ = _on(backend, _inputs((9, 16, (8, 6), (4, 2)), DTYPES[0]))
     with _Calls() as calls:
-        _cpp(x.detach(), weights, a, b)[0].sum().backward()  # the other output is not used at all
+        ours(x.detach(), weights, a, b)[0].sum().backward()  # the other output is not used at all
     assert x.grad is None and a[0].grad is not None and b[0].grad is not None
     assert not a[1].grad.any() and not b[1].grad.any()
-    assert calls.names.count("forge::lora_matmul_backward") == 1
+    assert calls.count("lora_matmul_backward") == 1
     frozen_a, frozen_b = [t.detach() for t in a], [t.detach() for t in b]
     torch.testing.assert_close(
-        torch.autograd.grad(_cpp(x, weights, frozen_a, frozen_b)[1].sum(), x),
+        torch.autograd.grad(ours(x, weights, frozen_a, frozen_b)[1].sum(), x),
         torch.autograd.grad(_reference(x, weights, a, b)[1].sum(), x),
     )
     with torch.no_grad():
-        assert not _cpp(x, weights, a, b)[0].requires_grad
+        assert not ours(x, weights, a, b)[0].requires_grad
 
 
 def test_dropout_bits_are_philox() -> None:
@@ -153,15 +196,19 @@ def test_dropout_bits_are_philox() -> None:
             assert bool(factors[position]) == kept
 
 
-def test_dropout_masks_are_those_of_the_seed() -> None:
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+@pytest.mark.parametrize("features", [31, 36])
+def test_dropout_masks_are_those_of_the_seed(backend: Backend, features: int) -> None:
     # With x = 1, A = identity and B = identity the adapter's output is the mask itself.
-    tokens, features = 37, 31
-    x, eye, zero = torch.ones(tokens, features), torch.eye(features), torch.zeros(features, features)
+    tokens = 37
+    x, eye, zero = (t.to(backend.device) for t in (torch.ones(tokens, features), torch.eye(features), torch.zeros(1)))
+    zero = zero.expand(features, features)
 
     def masks(seed: Tensor | int, p: float) -> tuple[Tensor, ...]:
-        return lora_linear(
-            x, [zero] * 2, [eye] * 2, [eye] * 2, scaling=1.0, dropout_p=p, dropout_seed=seed, backend="cpp"
+        outputs = lora_linear(
+            x, [zero] * 2, [eye] * 2, [eye] * 2, scaling=1.0, dropout_p=p, dropout_seed=seed, backend=backend.name
         )
+        return tuple(y.cpu() for y in outputs)
 
     for p in (0.1, 0.5, 1 - 2**-40):
         for i, mask in enumerate(masks(SEED, p)):
@@ -180,7 +227,7 @@ def test_repeatable_and_independent_of_threads() -> None:
         runs = []
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            runs.append(_gradients(lambda *args: _cpp(*args, p=0.2), inputs))
+            runs.append(_gradients(partial(_ours, p=0.2), inputs))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -192,13 +239,22 @@ def test_gradcheck_reference(p: float) -> None:
     torch.autograd.gradcheck(lambda x, a0, a1, b0, b1: _reference(x, weights, [a0, a1], [b0, b1], p=p), (x, *a, *b))
 
 
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_repeatable_bitwise(backend: Backend) -> None:
+    inputs = _on(backend, _inputs((40, 72, (40, 24), (8, 8)), DTYPES[2])[:4])
+    runs = [_gradients(partial(_ours, p=0.2, backend=backend.name), inputs) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("tokens", [6, 0])
 @pytest.mark.parametrize("seed", [None, SEED])
-def test_opcheck(tokens: int, seed: Tensor | None) -> None:
-    x, weights, a, b, biases = _inputs((tokens, 8, (6, 4), (2, 3)), DTYPES[0], bias=True)
-    ops, dropout = torch.ops.forge, (0.2 if seed is not None else 0.0, seed)
-    s = torch.randn(tokens, 5, requires_grad=True)
-    dys = [torch.randn(tokens, 6), torch.randn(tokens, 4)]
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_opcheck(backend: Backend, tokens: int, seed: Tensor | None) -> None:
+    x, weights, a, b, biases = _on(backend, _inputs((tokens, 8, (6, 4), (2, 3)), DTYPES[0], bias=True))
+    ops = torch.ops.forge_triton if backend.name == "triton" else torch.ops.forge
+    dropout = (0.2, seed.to(backend.device)) if seed is not None else (0.0, None)
+    s = torch.randn(tokens, 5, device=backend.device, requires_grad=True)
+    dys = [torch.randn(tokens, n, device=backend.device) for n in (6, 4)]
     detached = [[t.detach() for t in group] for group in (a, b)]
     torch.library.opcheck(ops.lora_shrink.default, (x, a, [1.0, 0.5], *dropout))
     torch.library.opcheck(ops.lora_shrink_backward.default, (s.detach(), x.detach(), [2, 3], [False] * 2, *dropout))
@@ -209,26 +265,29 @@ def test_opcheck(tokens: int, seed: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
-def test_compiles_without_graph_break(p: float) -> None:
-    inputs = _inputs((12, 16, (8, 6), (4, 2)), DTYPES[2])[:4]
-    compiled = torch.compile(lambda *args: _cpp(*args, p=p), fullgraph=True, backend="aot_eager")
-    expected, actual = (_gradients(function, inputs) for function in (lambda *args: _cpp(*args, p=p), compiled))
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_compiles_without_graph_break(backend: Backend, p: float) -> None:
+    inputs = _on(backend, _inputs((12, 16, (8, 6), (4, 2)), DTYPES[2])[:4])
+    ours = partial(_ours, p=p, backend=backend.name)
+    compiled = torch.compile(lambda *args: ours(*args), fullgraph=True, backend="aot_eager")
+    expected, actual = (_gradients(function, inputs) for function in (ours, compiled))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
-def test_checkpointing_does_not_repeat_the_last_matmul(p: float) -> None:
-    inputs = _inputs((12, 16, (8, 6), (4, 2)), DTYPES[0])[:4]
+@pytest.mark.parametrize("backend", backends("lora_linear"))
+def test_checkpointing_does_not_repeat_the_last_matmul(backend: Backend, p: float) -> None:
+    inputs = _on(backend, _inputs((12, 16, (8, 6), (4, 2)), DTYPES[0])[:4])
 
     def block(x, weights, a, b):  # type: ignore[no-untyped-def]
-        return _cpp(x.sin(), weights, a, b, p=p)
+        return _ours(x.sin(), weights, a, b, p=p, backend=backend.name)
 
     expected = _gradients(block, inputs)
     with _Calls() as calls:
         actual = _gradients(lambda *args: checkpoint(block, *args, use_reentrant=False), inputs)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    assert calls.names.count("forge::lora_shrink") == 2
-    assert calls.names.count("forge::lora_matmul") == 1
+    assert calls.count("lora_shrink") == 2
+    assert calls.count("lora_matmul") == 1
 
 
 def test_errors_name_the_argument() -> None:

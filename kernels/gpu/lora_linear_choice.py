@@ -1,0 +1,77 @@
+"""The ways to compute the large matmul of lora_linear, which of them can take given operands, and the choice.
+
+"cublas": the adapter's product by a Triton kernel, to which torch.addmm_ adds every x_i W_i (beta = 1): the default.
+"gluon": lora_linear_hopper.py, sm_90 only. "triton 128x256x64 ...": lora_linear_gemm.py with that tile.
+"""
+
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tuning
+from .lora_linear_gemm import Config, Operands, launch
+
+# Compiled ahead of time for the architectures they are listed for (docs/kernels.md): no spills, shared memory fits.
+TMA = [Config(128, 256, 64, 8, 3, tma=True), Config(128, 128, 64, 8, 4, tma=True)]
+POINTERS = [Config(128, 128, 64, 8, 3), Config(128, 256, 32, 8, 3)]
+CONFIGS = {80: POINTERS, 90: TMA, 100: TMA}
+# Masking keeps the product of every projection beside the accumulator: smaller tiles.
+CONFIGS_MASKED_GROUP = {80: POINTERS[:1], 90: TMA[1:], 100: [Config(128, 64, 64, 8, 4, tma=True)]}
+
+_BY_NAME = {str(c): c for table in (CONFIGS, CONFIGS_MASKED_GROUP) for configs in table.values() for c in configs}
+
+
+def matmul(o: Operands, way: str | None = None) -> Tensor:
+    """The result in the given way, or in the fastest: measured on the first call per size, see tuning.py."""
+    if way is None:
+        names = ways(o, torch.cuda.get_device_capability(o.s.device)) if o.s.is_cuda else ["cublas"]
+        way = tuning.choose(_key(o), {name: partial(_run, o, name) for name in names}, "cublas")
+    return _run(o, way)
+
+
+def ways(o: Operands, capability: tuple[int, int]) -> list[str]:
+    """Names of the ways that can take the operands on a GPU of this compute capability."""
+    tensors = [*o.xs, *o.ws]
+    if o.s.dtype == torch.float32 or 0 in o.shape or not all(t.is_contiguous() and t.numel() for t in tensors):
+        return ["cublas"]
+    architecture = 80 if capability < (9, 0) else 90 if capability < (10, 0) else 100
+    masked_group = o.words is not None and len(o.xs) > 1
+    configs = (CONFIGS_MASKED_GROUP if masked_group else CONFIGS)[architecture]
+    tma = all(_tma_can_read(t) for t in tensors) and o.shape[1] % 8 == 0
+    names = [str(config) for config in configs if tma or not config.tma]
+    ranks_fit = all(rank % 16 == 0 for rank in o.ranks)
+    if architecture == 90 and tma and ranks_fit and all(_tma_can_read(t) for t in (o.s, *o.bs)):
+        names.append("gluon")
+    return ["cublas", *names]
+
+
+def _tma_can_read(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(1) == 1
+
+
+def _run(o: Operands, way: str) -> Tensor:
+    if way == "cublas":
+        return _cublas(o)
+    if way == "gluon":
+        from .lora_linear_hopper import launch as launch_gluon
+
+        return launch_gluon(o)
+    return launch(o, _BY_NAME[way])
+
+
+def _cublas(o: Operands) -> Tensor:
+    # The small term first: it is rounded once while it is small, and the large sum once per projection.
+    small = Config(32, 64, 32, 8, 1) if o.s.dtype == torch.float32 else Config(64, 128, 32, 8, 1)
+    out = launch(o, small, main=False)
+    for x, w in zip(o.xs, o.ws, strict=True):
+        out.addmm_(x, w.t() if o.nt else w)
+    return out
+
+
+def _key(o: Operands) -> str:
+    m, n = o.shape
+    reductions = "+".join(str(x.shape[1]) for x in o.xs)
+    kind = f"{'NT' if o.nt else 'NN'}{' bias' if o.bias is not None else ''}{' dropout' if o.words is not None else ''}"
+    return f"lora_linear {kind} {triton.next_power_of_2(m)} x {reductions} -> {n} r {o.ranks} {o.s.dtype}"

@@ -1,0 +1,99 @@
+"""Chooses between ways to compute the same result by timing them once on the GPU, and remembers the choice.
+
+FORGE_TUNING=off uses every op's documented default instead. Choices are kept in ~/.cache/forge_core/tuning.json
+(FORGE_TUNING_CACHE names another file): ways may round differently, and a resumed run should not measure again and pick
+another one.
+"""
+
+import json
+import os
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+ROUNDS = 7
+MARGIN = 0.99  # of the default's time; below that another way replaces it
+
+_choices: dict[str, str] | None = None
+
+
+def choose(
+    key: str,
+    ways: dict[str, Callable[[], object]],
+    default: str,
+    time: Callable[[dict[str, Callable[[], object]]], dict[str, float]] | None = None,
+) -> str:
+    """The fastest of `ways` for `key`: remembered, or measured now.
+
+    Args:
+        key: what the choice depends on, besides the GPU and the versions of torch and Triton.
+        ways: each computes the result in one way; they must have no other effect.
+        default: used where tuning is off, and while a CUDA graph is captured; kept unless another way is 1 % faster.
+        time: measures the ways in seconds; by default CUDA events on the current stream.
+    """
+    if len(ways) == 1 or os.environ.get("FORGE_TUNING") == "off":
+        return default
+    if time is None:
+        if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+            return default
+        key = f"{torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__} {key}"
+    known = _known()
+    if known.get(key) not in ways:
+        seconds = (time or _time)(ways)
+        best = min(seconds, key=lambda way: seconds[way])
+        known[key] = best if seconds[best] < MARGIN * seconds.get(default, float("inf")) else default
+        _save(known)
+    return known[key]
+
+
+def _time(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+    # Interleaved rounds after one warm-up each; medians.
+    samples: dict[str, list[float]] = {}
+    for way, run in ways.items():
+        try:
+            run()
+            samples[way] = []
+        except triton.runtime.errors.OutOfResources as error:
+            warnings.warn(f"{way}: not timed, it does not fit this GPU: {error}", stacklevel=2)
+    for _ in range(ROUNDS):
+        for way in samples:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            ways[way]()
+            end.record()
+            end.synchronize()
+            samples[way].append(start.elapsed_time(end) / 1e3)
+    return {way: statistics.median(values) for way, values in samples.items()}
+
+
+def cache_path() -> Path:
+    """The file of remembered choices."""
+    return Path(os.environ.get("FORGE_TUNING_CACHE") or Path.home() / ".cache" / "forge_core" / "tuning.json")
+
+
+def forget() -> None:
+    """Drops the choices in memory; those of the file are read again."""
+    global _choices
+    _choices = None
+
+
+def _known() -> dict[str, str]:
+    global _choices
+    if _choices is None:
+        path = cache_path()
+        _choices = json.loads(path.read_text()) if path.is_file() else {}
+    return _choices
+
+
+def _save(choices: dict[str, str]) -> None:
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes save too: keep what they found; the rename is atomic.
+    merged = (json.loads(path.read_text()) if path.is_file() else {}) | choices
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(merged, indent=1, sort_keys=True))
+    temporary.replace(path)
