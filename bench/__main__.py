@@ -22,7 +22,7 @@ def main() -> int:
     runner.add_argument("--peers", default="", help="only peers whose name contains this text")
     runner.add_argument("--part", type=_part, default=(1, 1), help="1/3: the first third of the workloads")
     runner.add_argument("--seconds", type=float, default=2.0, help="time spent on each workload (default: 2)")
-    runner.add_argument("--base", metavar="COMMIT", help="measure that commit too, interleaved, in a second process")
+    runner.add_argument("--base", metavar="COMMIT", help="measure that commit, or the build in that folder, too")
     runner.add_argument("--isolate", action="store_true", help="in a child process; survives a crash of a workload")
     runner.add_argument("--minutes", type=float, default=math.inf, help="begin no workload after so many minutes")
     runner.add_argument("--json", type=Path, help="write the result here, and as Markdown beside it")

@@ -76,9 +76,18 @@ class BaseProcess:
 def base_process(commit: str, suite: str) -> Iterator[BaseProcess]:
     """Checks out, builds and starts `commit`; cleans up afterwards.
 
+    Args:
+        commit: anything git can resolve, or a folder that `pip install --target` has put a build into.
+        suite: whose workloads the process is to know.
+
     Raises:
         ValueError: git does not know the commit, or it does not build; the tools' own words are in the message.
     """
+    if (Path(commit) / "forge_core").is_dir():
+        site = Path(commit).resolve()
+        with contextlib.closing(BaseProcess(f"forge@{site.name}", site, suite)) as process:
+            yield process
+        return
     name = _run(["git", "-C", str(ROOT), "rev-parse", "--short", f"{commit}^{{commit}}"], "--base").strip()
     with tempfile.TemporaryDirectory(prefix="forge-base-") as folder:
         tree, site = Path(folder) / "tree", Path(folder) / "site"
@@ -87,11 +96,8 @@ def base_process(commit: str, suite: str) -> Iterator[BaseProcess]:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             print(f"bench: building {name}", file=sys.stderr, flush=True)
             _run([*pip, "--no-build-isolation", "--no-deps", "--target", str(site), str(tree)], f"building {name}")
-            process = BaseProcess(f"forge@{name}", site, suite)
-            try:
+            with contextlib.closing(BaseProcess(f"forge@{name}", site, suite)) as process:
                 yield process
-            finally:
-                process.close()
         finally:
             _run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], "--base")
 

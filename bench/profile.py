@@ -1,10 +1,8 @@
 """Where the time of one op goes: a loop under torch.profiler; on CUDA with NVTX ranges and the `ncu` command line."""
 
-import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -36,12 +34,15 @@ def profile(op: str, shape: str, suite: str, candidate: str, calls: int, top: in
     device = suite_device(suite)
     table = _table(call, calls, top, device)
     head = f"{found[0].name}, {candidate}: {time_text(quiet)} a call without the profiler"
-    return f"{head}\n{table}" + (f"\n\nOne kernel in detail:\n{_ncu(op, shape, suite)}" if device == "cuda" else "")
+    if device == "cuda":
+        _nvtx_call(call)
+        table += f"\n\nOne kernel in detail:\n{_ncu(op, shape, suite)}"
+    return f"{head}\n{table}"
 
 
 def _table(call: Thunk, calls: int, top: int, device: str) -> str:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with _nvtx_ranges(device), torch.profiler.profile(activities=activities) as run:
+    with torch.profiler.profile(activities=activities) as run:
         for _ in range(calls):
             call()
         if device == "cuda":
@@ -66,14 +67,11 @@ def _readable(name: str) -> str:
     return re.sub(r"^GeneratedBackwardFor_forge_(\w+)_default$", r"forge::\1 (forward)", name)
 
 
-@contextlib.contextmanager
-def _nvtx_ranges(device: str) -> Iterator[None]:
-    """Marks every op for Nsight Systems; nothing on a CPU."""
-    if device != "cuda":
-        yield
-        return
-    with torch.autograd.profiler.emit_nvtx(record_shapes=True), torch.cuda.nvtx.range("bench profile"):
-        yield
+def _nvtx_call(call: Thunk) -> None:
+    """One more call for Nsight, every op in a range of its own; apart from torch.profiler, which would trace it too."""
+    with torch.cuda.nvtx.range("bench profile"), torch.autograd.profiler.emit_nvtx(record_shapes=True):
+        call()
+        torch.cuda.synchronize()
 
 
 def _ncu(op: str, shape: str, suite: str) -> str:

@@ -24,6 +24,23 @@ class Missing:
     reason: str
 
 
+class Lazy:
+    """A call that is costly to build (a model, a mask, a compiled kernel): built when it is first wanted."""
+
+    def __init__(self, make: Callable[[], Thunk]) -> None:
+        self._make = make
+        self._call: Thunk | None = None
+
+    def prepare(self) -> Thunk:
+        """Builds the call, once."""
+        if self._call is None:
+            self._call = self._make()
+        return self._call
+
+    def __call__(self) -> object:
+        return self.prepare()()
+
+
 @dataclass(frozen=True)
 class Slow:
     """A candidate that takes part in a few rounds only, so that a suite ends in time; tried once before them."""
@@ -145,14 +162,17 @@ def suite_device(suite: str) -> str:
     return "cuda" if suite == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def peer(module: str, make: Callable[[], Thunk | Slow]) -> Thunk | Slow | Missing:
-    """The candidate that `make` builds, or Missing where `module` is not installed or does not do what it needs."""
-    try:
-        if importlib.util.find_spec(module) is None:
-            return Missing(f"{module} is not installed")
-        return make()
-    except Exception as error:  # whatever a foreign package raises, the row goes on and its report says so
-        return Missing(reason(error))
+def peer(module: str, make: Callable[[], Thunk], *, rounds: int = 0) -> "Lazy | Slow | Missing":
+    """A candidate that needs a package; Missing where it is not installed.
+
+    Args:
+        module: what has to be importable.
+        make: builds the call; not run before the candidate is tried.
+        rounds: for a `Slow` candidate.
+    """
+    if importlib.util.find_spec(module) is None:
+        return Missing(f"{module} is not installed")
+    return Slow(Lazy(make), rounds) if rounds else Lazy(make)
 
 
 def reason(error: BaseException) -> str:

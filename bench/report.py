@@ -125,7 +125,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}, commit {env['commit'][:12]}"
         f"{'+changes' if env['commit'].endswith('+changes') else ''}, {env['date']}.",
         f"Roofline of this run: bf16 matmul {roofline['matmul']['bfloat16'] / 1e9:.0f} GFLOP/s, float32 "
-        f"{roofline['matmul']['float32'] / 1e9:.0f}, copy {roofline['copy'] / 1e9:.0f} GB/s.",
+        f"{roofline['matmul']['float32'] / 1e9:.0f}, copy {roofline['copy'] / 1e9:.0f} GB/s. "
+        f"The suite took {result['wall_seconds']:.0f} s.",
         "",
         "| op | shape | forge (p20-p80) | of roofline | tokens/s | peak memory | peers: times slower, peak memory |",
         "|---|---|---|---|---|---|---|",

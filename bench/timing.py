@@ -115,8 +115,8 @@ class Roofline:
         return Roofline(matmul, max(self.copy, other.copy))
 
 
-def measure_roofline(device: str) -> Roofline:
-    """Times square matmuls in float32 and bfloat16 and a copy that does not fit in any cache; takes about 2 seconds.
+def measure_roofline(device: str, seconds: float = 0.7) -> Roofline:
+    """Times square matmuls in float32 and bfloat16 and a copy that does not fit in any cache, `seconds` each.
 
     The inputs are random normal numbers: zeros draw less power and run faster than any real data.
     """
@@ -124,11 +124,11 @@ def measure_roofline(device: str) -> Roofline:
     matmul = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        timing = _warm_and_time(lambda a=a, b=b: a @ b, 0.7)  # type: ignore[misc]
+        timing = _warm_and_time(lambda a=a, b=b: a @ b, seconds)  # type: ignore[misc]
         matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / timing.p20
     source = torch.randn(2**28 // 4, device=device)
     target = torch.empty_like(source)
-    timing = _warm_and_time(lambda: target.copy_(source), 0.5)
+    timing = _warm_and_time(lambda: target.copy_(source), seconds)
     return Roofline(matmul, 2 * source.nbytes / timing.p20)
 
 

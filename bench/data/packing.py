@@ -63,7 +63,7 @@ def packing() -> Candidates:
     lengths = log_normal(DOCUMENTS, 400)
     return {
         "forge": lambda: float(len(pack_sequences(lengths, BUDGET)[1]) - 1),  # packs: the same number for both
-        "TRL bfd": peer("trl", lambda: Slow(trl_best_fit(lengths), 5)),
+        "TRL bfd": peer("trl", lambda: trl_best_fit(lengths), rounds=5),
     }
 
 

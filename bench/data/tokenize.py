@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from bench.e2e import chat
-from bench.registry import Candidates, Slow, Thunk, peer, workload
+from bench.registry import Candidates, Thunk, peer, workload
 from forge_core.data import Tokenizer, build_token_store
 
 COPIES = 5
@@ -62,7 +62,7 @@ def _register() -> None:
         return {
             "forge": store_builder(folder),
             "plain tokenizers": plain_tokenizers(),
-            "transformers": peer("transformers", lambda: Slow(transformers_template(), 3)),
+            "transformers": peer("transformers", transformers_template, rounds=3),
         }
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from bench.e2e import chat
-from bench.registry import Candidates, Slow, Thunk, peer, workload
+from bench.registry import Candidates, Thunk, peer, workload
 from forge_core.model import ModelConfig, load_model
 
 BATCH, NEW_TOKENS = 32, 48
@@ -59,7 +59,7 @@ def _register() -> None:
     def build() -> Candidates:
         return {
             "forge": forge(),
-            "transformers generate": peer("transformers", lambda: Slow(transformers_generate(), 3)),
+            "transformers generate": peer("transformers", transformers_generate, rounds=3),
         }
 
 

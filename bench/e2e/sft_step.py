@@ -12,7 +12,7 @@ import torch
 
 from bench import flops
 from bench.e2e import chat
-from bench.registry import Candidates, Slow, Thunk, peer, workload
+from bench.registry import Candidates, Thunk, peer, workload
 from forge_core.data import PackedBatch
 from forge_core.kernels import PackPlan, weighted_linear_cross_entropy
 from forge_core.model import LoraConfig, ModelConfig, adapter_parameters, add_lora, load_model
@@ -154,9 +154,9 @@ def _register(data: str, name: str, headline: bool) -> None:
     def build() -> Candidates:
         return {
             "forge": forge(batch),
-            "transformers + PEFT packed": peer("peft", lambda: Slow(packed(batch), 3)),
-            "TRL SFTTrainer": peer("trl", lambda: Slow(trl_step(batch), 2)),
-            "transformers + PEFT padded": peer("peft", lambda: Slow(padded(batch), 2)),
+            "transformers + PEFT packed": peer("peft", lambda: packed(batch), rounds=3),
+            "TRL SFTTrainer": peer("trl", lambda: trl_step(batch), rounds=2),
+            "transformers + PEFT padded": peer("peft", lambda: padded(batch), rounds=2),
         }
 
 

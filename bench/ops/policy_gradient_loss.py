@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.registry import Candidates, Thunk, workload
+from bench.peers import compiled
+from bench.registry import Candidates, Thunk, suite_device, workload
 from forge_core.kernels import policy_gradient_loss
 
-SHAPES = [(2048, 576, 49152), (512, 1024, 32000)]
+# tokens, width, vocabulary
+SHAPES = {"cpu": [(2048, 576, 49152), (512, 1024, 32000)], "gpu": [(8192, 4096, 128256)]}
 KL_COEF = 0.05
 
 
@@ -26,36 +28,44 @@ def full_logits(
     return loss.mean()
 
 
-def _register(tokens: int, width: int, vocab: int, entropy_coef: float) -> None:
+def _register(suite: str, tokens: int, width: int, vocab: int, entropy_coef: float) -> None:
+    device = suite_device(suite)
     bonus = " + entropy" if entropy_coef else ""
 
     @workload(
         "policy_gradient_loss",
         f"{tokens}x{width}x{vocab} frozen head, clip + KL{bonus} fwd+bwd",
+        suite=suite,
         flops=4.0 * tokens * width * vocab,  # logits and dX
         bytes=2.0 * (2 * vocab * width + 2 * tokens * width),
+        headline=bool(entropy_coef),
     )
     def build() -> Candidates:
-        hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
-        head = (torch.randn(vocab, width) / width**0.5).bfloat16()
-        targets = torch.randint(vocab, (tokens,))
-        advantages = torch.randn(tokens)
+        hidden = torch.randn(tokens, width, dtype=torch.bfloat16, device=device, requires_grad=True)
+        head = (torch.randn(vocab, width, device=device) / width**0.5).bfloat16()
+        targets = torch.randint(vocab, (tokens,), device=device)
+        advantages = torch.randn(tokens, device=device)
         with torch.no_grad():
             current = -F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
-        old, ref = (current + 0.2 * torch.randn(tokens) for _ in range(2))
-        one = torch.ones(())
+        old, ref = (current + 0.2 * torch.randn(tokens, device=device) for _ in range(2))
+        one = torch.ones((), device=device)
 
         def candidate(function) -> Thunk:  # type: ignore[no-untyped-def]
             return lambda: torch.autograd.grad(function(hidden, head, targets, advantages, old, ref), hidden, one)
+
+        def eager(*inputs: Tensor) -> Tensor:
+            return full_logits(*inputs, entropy_coef)
 
         return {
             "forge": candidate(
                 lambda *inputs: policy_gradient_loss(*inputs, kl_coef=KL_COEF, entropy_coef=entropy_coef).loss
             ),
-            "full logits": candidate(lambda *inputs: full_logits(*inputs, entropy_coef)),
+            "full logits": candidate(eager),
+            "full logits compiled": candidate(compiled(eager)),
         }
 
 
-for shape in SHAPES:
-    for coefficient in (0.0, 0.01):
-        _register(*shape, coefficient)
+for suite, shapes in SHAPES.items():
+    for shape in shapes:
+        for coefficient in (0.0, 0.01):
+            _register(suite, *shape, coefficient)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import memory, readme, registry, report, timing
-from bench.registry import Missing, Remote, Slow, Workload
+from bench.registry import Remote, Slow, Workload
 from bench.run import measure
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +48,15 @@ def test_a_peer_that_fails_is_named_and_never_dropped() -> None:
         "agrees": lambda: 1.001,
         "fails": fails,
         "differs": lambda: 2.0,
-        "absent": registry.peer("no_such_package", lambda: None),  # type: ignore[arg-type,return-value]
+        "absent": registry.peer("no_such_package", lambda: lambda: 1.0),
+        "unbuildable": registry.peer("torch", lambda: 1 / 0, rounds=2),  # type: ignore[arg-type,return-value]
     }
     row = measure(_workload(build=lambda: candidates), ROOFLINE, "cpu", 0.0)
     assert set(row["speedup"]) == {"agrees"}
     assert row["missing"]["fails"] == "NotImplementedError: training / on this device"
     assert "computes something else: 2.0" in row["missing"]["differs"]
     assert row["missing"]["absent"] == "no_such_package is not installed"
+    assert row["missing"]["unbuildable"] == "ZeroDivisionError: division by zero"
 
 
 def test_a_workload_that_fails_keeps_its_row() -> None:
@@ -82,6 +84,7 @@ def _result(median: float, name: str = "op") -> dict:
         "suite": "cpu",
         "environment": report.environment("cpu"),
         "roofline": {"matmul": matmul, "copy": 1e9},
+        "wall_seconds": 1.0,
         "rows": [row, failed],
     }
 
@@ -135,10 +138,6 @@ def test_parts_share_out_all_workloads() -> None:
     names = [workload.name for workload in registry.load("gpu")]
     parts = [[workload.name for workload in registry.load("gpu", part=(i, 3))] for i in (1, 2, 3)]
     assert sorted(name for part in parts for name in part) == sorted(names) and len(set(names)) == len(names)
-
-
-def test_what_a_foreign_package_raises_is_the_reason() -> None:
-    assert registry.peer("torch", lambda: 1 / 0) == Missing("ZeroDivisionError: division by zero")  # type: ignore
 
 
 def test_runs_from_the_command_line(tmp_path: Path) -> None:
