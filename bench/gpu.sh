@@ -32,10 +32,15 @@ say() { printf '\n== %s\n' "$*"; }
 note() { summary+=("$1"); [ "${2:-0}" = 0 ] || status=1; }
 
 # --- binaries
+# whether python finds the kernels of this folder, and not those of another installation
+finds_ours() {
+  "$python" -c 'import os, forge_core.kernels as k
+raise SystemExit(not os.path.samefile(os.path.dirname(k.__file__), "kernels"))' 2>/dev/null
+}
 link=
 trap '[ -z "$link" ] || rm -f "$link"' EXIT
-if ! "$python" -P -c 'import forge_core.kernels' 2>/dev/null; then
-  if compgen -G 'kernels/_C.*' >/dev/null || compgen -G 'kernels/_C*.so' >/dev/null; then
+if ! finds_ours; then
+  if compgen -G 'kernels/_C*.so' >/dev/null; then
     say "taking the carried binaries in kernels/"
     link=forge_core/kernels && ln -sfn ../kernels "$link"  # what an editable install does with a finder
   else
@@ -43,6 +48,8 @@ if ! "$python" -P -c 'import forge_core.kernels' 2>/dev/null; then
     FORGE_CUDA=${FORGE_CUDA:-auto} "$python" -m pip install -q --no-build-isolation --no-deps -e . ||
       { echo "gpu.sh: the build failed, and kernels/ carries no binaries" >&2; exit 1; }
   fi
+  finds_ours || { echo "gpu.sh: $python does not find the kernels of this folder; its error:" >&2
+    "$python" -c 'import forge_core.kernels as k; print(k.__file__)' >&2; exit 1; }
 fi
 "$python" - <<'PY' || exit 1
 import torch
@@ -65,7 +72,8 @@ if [ -n "$dry" ]; then
   say "tests marked gpu (part $part)"
   collected
   say "workloads and peers (part $part)"
-  exec "$python" -m bench run --suite gpu --part "$part" --dry-run
+  "$python" -m bench run --suite gpu --part "$part" --dry-run
+  exit
 fi
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
   { echo "gpu.sh: torch finds no CUDA device; --dry-run lists what would run" >&2; exit 1; }
