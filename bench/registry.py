@@ -1,9 +1,10 @@
 """What is measured: workloads with their floor in FLOPs and bytes, and the candidates that compete on each.
 
 A module in bench/ops, bench/gpu, bench/e2e or bench/data registers its workloads with the `workload` decorator. The
-decorated function builds the inputs once and returns the candidates that share them: `forge` first, then the peers. A
-peer that cannot run here is given as `Missing(reason)` and is listed as such in every report, never dropped; one that
-raises when it is tried becomes `Missing` with the error as its reason.
+decorated function builds the inputs once and returns the candidates that share them: `forge` first, then the peers. One
+whose name begins with "floor" does only that part of the work that nobody can leave out. A peer that cannot run here is
+given as `Missing(reason)` and is listed as such in every report, never dropped; one that raises when tried becomes
+`Missing` with the error as its reason.
 """
 
 import importlib
@@ -128,7 +129,9 @@ def workload(
 
 
 def load(suite: str, pattern: str = "", part: tuple[int, int] = (1, 1), *, skip_broken: bool = False) -> list[Workload]:
-    """The workloads of `suite` whose name contains `pattern`, in the order of registration.
+    """The workloads of `suite` whose name contains `pattern`: headlines first, then in the order of registration.
+
+    So a limit of time cuts the details, and the parts take equally long.
 
     Args:
         suite: one of `SUITES`.
@@ -154,7 +157,7 @@ def load(suite: str, pattern: str = "", part: tuple[int, int] = (1, 1), *, skip_
         names = "\n  ".join(f"{workload.suite}: {workload.name}" for workload in WORKLOADS)
         raise ValueError(f"no workload of suite {suite!r} contains {pattern!r}; there are:\n  {names}")
     index, count = part
-    return chosen[index - 1 :: count]
+    return sorted(chosen, key=lambda workload: not workload.headline)[index - 1 :: count]
 
 
 def suite_device(suite: str) -> str:

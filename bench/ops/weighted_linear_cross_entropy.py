@@ -32,7 +32,7 @@ def candidates(tokens: int, width: int, vocab: int, rows: int, frozen: bool, dev
     result: Candidates = {"forge": candidate(forge)}
     if rows < tokens:
         result["forge on all rows"] = candidate(forge, torch.ones_like(weights))
-    result["matmuls alone"] = peers.matmuls_alone(hidden, head, rows, frozen)
+    result["floor: matmuls alone"] = peers.matmuls_alone(hidden, head, rows, frozen)
     result["full logits"] = candidate(peers.full_logits)
     result["full logits compiled"] = candidate(compiled(peers.full_logits))
     result["Liger"] = peer("liger_kernel", lambda: candidate(peers.liger()))
