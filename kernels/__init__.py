@@ -3,6 +3,7 @@
 # With the source folder on sys.path (`python -m pytest`, `python -c`) transformers takes this folder for the package
 # `kernels` and imports it: it must then find an empty module, not load the op libraries a second time.
 if __name__ == "forge_core.kernels":
+    from .add_rms_norm import add_rms_norm
     from .linear_token_logprobs import linear_token_logprobs
     from .lora_linear import lora_linear
     from .pack import PackPlan, TokenMixer, pack_sequences
@@ -19,6 +20,7 @@ __all__ = [
     "PackPlan",
     "PolicyLoss",
     "TokenMixer",
+    "add_rms_norm",
     "available_backends",
     "linear_token_logprobs",
     "lora_linear",

@@ -54,11 +54,12 @@ def register_op(
     *,
     gpu: str | None = None,
     gpu_fake: Callable[..., Any] | None = None,
+    schema: str | None = None,
 ) -> None:
     """Gives `torch.ops.forge.<name>` its fake and its backward, and the same to its Triton twin, if it has one.
 
     Args:
-        name: of an op in csrc/ops.cpp.
+        name: of an op in csrc/ops.cpp, or a new one with `schema`.
         fake: shapes, dtypes and strides of the results from those of the arguments.
         backward: `backward(ops, ctx, *gradients)`, where ops is the namespace that the forward pass came from; None for
             an op without gradients.
@@ -66,11 +67,12 @@ def register_op(
         gpu: module of kernels/gpu/ with a function `name` that takes the op's arguments and launches Triton kernels; it
             is imported by the first call. None: there is no twin.
         gpu_fake: fake of the twin, where its scratch outputs differ from those of the compiled op.
+        schema: arguments and results of an op that only Triton has: "(Tensor x, ...) -> Tensor".
     """
-    namespaces = {"forge": fake}
+    namespaces = {"forge": fake} if schema is None else {}
     if gpu is not None:
-        schema = str(getattr(torch.ops.forge, name).default._schema)
-        _TWINS.define(schema.removeprefix("forge::"))
+        compiled_schema = "" if schema else str(getattr(torch.ops.forge, name).default._schema)
+        _TWINS.define(name + schema if schema else compiled_schema.removeprefix("forge::"))
         launch = functools.partial(_launch, gpu, name)
         _TWINS.impl(name, launch, "CUDA")
         if TRITON_INTERPRETED:

@@ -24,6 +24,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Ten
     return (wide * rstd * (weight.to(wide.dtype) + weight_offset)).to(x.dtype)
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm(x + residual)` and `x + residual`."""
+    total = x + residual
+    return rms_norm(total, weight, eps, weight_offset), total
+
+
 def weighted_linear_cross_entropy(
     hidden: Tensor,
     lm_head: Tensor,

@@ -34,13 +34,18 @@ def rms_norm(
     Raises:
         ValueError: shapes or dtypes do not match, or the named backend cannot take the inputs.
     """
+    check_weight(x, weight)
+    return OP.select(backend, x, weight)(x, weight, eps, weight_offset)
+
+
+def check_weight(x: Tensor, weight: Tensor) -> None:
+    """Raises ValueError unless weight is [d] for x [..., d], in the dtype of x."""
     if weight.dim() != 1 or x.dim() == 0 or x.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"weight: got shape {list(weight.shape)} with x of shape {list(x.shape)}, expected [d] for x [..., d]"
         )
     if x.dtype != weight.dtype:
         raise ValueError(f"weight: got {weight.dtype}, expected the dtype of x, {x.dtype}")
-    return OP.select(backend, x, weight)(x, weight, eps, weight_offset)
 
 
 def _run(ops: Any, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:

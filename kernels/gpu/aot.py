@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..registry import available_backends
 from .workload import Workload
 
-OPS = ("rms_norm", "rope", "swiglu", "lora_linear")
+OPS = tuple(op for op, names in available_backends().items() if "triton" in names)
 ARCHITECTURES = (80, 90, 100)
 
 # Shared memory that one program can have, and that a multiprocessor has for all of its programs (1 KiB of it reserved

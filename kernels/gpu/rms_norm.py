@@ -1,7 +1,10 @@
 """rms_norm in Triton: y = x * rstd * (weight + offset), rstd = 1 / sqrt(mean(x^2) + eps), float32 arithmetic.
 
 A program holds one row, or several narrow ones, in registers: one read, one write. Longer rows are read twice.
-dweight is summed in two stages in a fixed order: over the rows of a program, then over the programs; no atomics.
+dweight is summed in two stages in a fixed order: over the rows of a program, then over the programs; no atomics. The
+programs that sum it are few, so each has the next two tiles on their way to shared memory while it works on one.
+
+The same kernels serve add_rms_norm, where x + residual takes the place of x.
 """
 
 from functools import partial
@@ -15,16 +18,22 @@ from .workload import Workload, meta, multiprocessors
 
 MAX_TILE = 16384  # elements of a row that a program keeps in registers
 MAX_TILE_DWEIGHT = 8192  # with dweight beside them, more would spill
-PROGRAMS_PER_SM = 2  # that accumulate dweight: more would write more partial sums, fewer would leave loads waiting
 
 
 @triton.jit
-def _forward(x_RD, w_D, y_RD, rstd_R, rows, d, eps, offset, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    x_RD, residual_RD, w_D, y_RD, total_RD, rstd_R, rows, d, eps, offset, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < d)[None, :]
     at = row[:, None] * d + column[None, :]
     x = tl.load(x_RD + at, mask=inside, other=0.0).to(tl.float32)
+    if residual_RD is not None:
+        x += tl.load(residual_RD + at, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(total_RD.dtype.element_ty)
+        tl.store(total_RD + at, total, mask=inside)
+        x = total.to(tl.float32)
     w = tl.load(w_D + column, mask=column < d, other=0.0).to(tl.float32) + offset
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=1) / d + eps))
     tl.store(rstd_R + row, rstd, mask=row < rows)
@@ -55,13 +64,13 @@ def _forward_long(x_RD, w_D, y_RD, rstd_R, d, eps, offset, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(
-    dy_RD, x_RD, w_D, rstd_R, dx_RD, partial_PD, rows, d, offset,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DWEIGHT: tl.constexpr,
+    dy_RD, dtotal_RD, x_RD, w_D, rstd_R, dx_RD, partial_PD, rows, d, offset,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     w = tl.load(w_D + column, mask=column < d, other=0.0).to(tl.float32) + offset
     dw = tl.zeros([BLOCK], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < d)[None, :]
         at = row[:, None] * d + column[None, :]
@@ -71,10 +80,12 @@ def _backward(
         g = dy * w[None, :]
         coefficient = rstd * rstd * rstd * tl.sum(g * x, axis=1) / d
         dx = rstd[:, None] * g - coefficient[:, None] * x
+        if dtotal_RD is not None:
+            dx += tl.load(dtotal_RD + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_RD + at, dx.to(dx_RD.dtype.element_ty), mask=inside)
-        if DWEIGHT:
+        if partial_PD is not None:
             dw += tl.sum(dy * x * rstd[:, None], axis=0)
-    if DWEIGHT:
+    if partial_PD is not None:
         tl.store(partial_PD + tl.program_id(0).to(tl.int64) * d + column, dw, mask=column < d)
 
 
@@ -126,19 +137,7 @@ def _sum_partials(partial_PD, out_D, partials, d, ROWS: tl.constexpr, BLOCK: tl.
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel; results as the op's schema has them."""
-    x, weight = x.contiguous(), weight.contiguous()
-    d = weight.numel()
-    rows = x.numel() // d if d else 0
-    y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
-        return y, rstd
-    if d > MAX_TILE:
-        _forward_long[(rows,)](x, weight, y, rstd, d, eps, weight_offset, BLOCK=4096, num_warps=8)
-    else:
-        block, tile_rows, warps = _tile(d, 2048)
-        _forward[(triton.cdiv(rows, tile_rows),)](
-            x, weight, y, rstd, rows, d, eps, weight_offset, ROWS=tile_rows, BLOCK=block, num_warps=warps
-        )
+    y, _, rstd = launch_forward(x, None, weight, eps, weight_offset)
     return y, rstd
 
 
@@ -146,42 +145,85 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_offset: float, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
     """Launches the backward kernels; results as the op's schema has them."""
+    return launch_backward(dy, None, x, weight, rstd, weight_offset, need_dweight)
+
+
+def launch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x, or of x + residual: y, the normed tensor (x itself without a residual), rstd."""
+    x, weight = x.contiguous(), weight.contiguous()
+    d = weight.numel()
+    rows = x.numel() // d if d else 0
+    if residual is not None and (rows == 0 or d > MAX_TILE):
+        x, residual = x + residual, None
+    y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    total = None if residual is None else torch.empty_like(x)
+    if rows == 0:
+        return y, x, rstd
+    if d > MAX_TILE:
+        _forward_long[(rows,)](x, weight, y, rstd, d, eps, weight_offset, BLOCK=4096, num_warps=8)
+    else:
+        block = triton.next_power_of_2(d)
+        tile_rows = max(1, 2048 // block)
+        _forward[(triton.cdiv(rows, tile_rows),)](
+            x, None if residual is None else residual.contiguous(), weight, y, total, rstd, rows, d, eps, weight_offset,
+            ROWS=tile_rows, BLOCK=block, num_warps=_warps(block * tile_rows, 32),
+        )  # fmt: skip
+    return y, x if total is None else total, rstd
+
+
+def launch_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, the normed tensor, plus dtotal; gradient of the weight, empty where it is not needed."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     d, rows = weight.numel(), rstd.numel()
     dx, dweight = torch.empty_like(x), weight.new_empty(d if need_dweight else 0)
     if rows == 0:
         return dx, dweight.zero_()
-    programs = PROGRAMS_PER_SM * multiprocessors(x.device)
+    partials = None
     if d > (MAX_TILE_DWEIGHT if need_dweight else MAX_TILE):
         _backward_long[(rows,)](dy, x, weight, rstd, dx, d, weight_offset, BLOCK=4096, num_warps=8)
-        partials = _partials(x, min(rows, triton.cdiv(4 * programs, triton.cdiv(d, 1024))), d, need_dweight)
         if need_dweight:
-            _dweight_long[(triton.cdiv(d, 1024), partials.shape[0])](
-                dy, x, rstd, partials, rows, d, BLOCK=1024, num_warps=4
-            )
+            columns = triton.cdiv(d, 1024)
+            partials = _partials(x, min(rows, triton.cdiv(8 * multiprocessors(x.device), columns)), d)
+            _dweight_long[(columns, partials.shape[0])](dy, x, rstd, partials, rows, d, BLOCK=1024, num_warps=4)
+        if dtotal is not None:
+            dx += dtotal
     else:
-        block, tile_rows, warps = _tile(d, 8192 if need_dweight else 2048)
-        tiles = triton.cdiv(rows, tile_rows)
-        programs = min(tiles, programs) if need_dweight else tiles
-        partials = _partials(x, programs, d, need_dweight)
+        block = triton.next_power_of_2(d)
+        tile_rows = max(1, (4096 if need_dweight else 2048) // block)
+        warps = _warps(block * tile_rows, 16 if need_dweight else 32)
+        programs = triton.cdiv(rows, tile_rows)
+        if need_dweight:
+            # As many as the multiprocessors hold: more would only write more partial sums.
+            programs = min(programs, (2 if warps <= 8 else 1) * multiprocessors(x.device))
+            partials = _partials(x, programs, d)
         _backward[(programs,)](
-            dy, x, weight, rstd, dx, partials, rows, d, weight_offset,
-            ROWS=tile_rows, BLOCK=block, DWEIGHT=need_dweight, num_warps=warps,
+            dy, None if dtotal is None else dtotal.contiguous(), x, weight, rstd, dx, partials, rows, d, weight_offset,
+            ROWS=tile_rows, BLOCK=block, STAGES=3 if need_dweight else 1, num_warps=warps,
         )  # fmt: skip
-    if need_dweight:
-        _sum_partials[(triton.cdiv(d, 32),)](partials, dweight, partials.shape[0], d, ROWS=32, BLOCK=32, num_warps=4)
+    if partials is not None:
+        block = 32 if d <= 4096 else 128
+        _sum_partials[(triton.cdiv(d, block),)](
+            partials, dweight, partials.shape[0], d, ROWS=32, BLOCK=block, num_warps=4
+        )
     return dx, dweight
 
 
-def _tile(d: int, elements: int) -> tuple[int, int, int]:
-    # Columns and rows of a tile of at least `elements`, and warps for about 32 elements a thread.
-    block = triton.next_power_of_2(d)
-    rows = max(1, elements // block)
-    return block, rows, max(2, min(16, block * rows // 1024))
+def _warps(elements: int, per_thread: int) -> int:
+    return max(2, min(16, elements // (32 * per_thread)))
 
 
-def _partials(x: Tensor, programs: int, d: int, needed: bool) -> Tensor:
-    return x.new_empty((programs if needed else 0, d), dtype=torch.float32)
+def _partials(x: Tensor, programs: int, d: int) -> Tensor:
+    return x.new_empty((programs, d), dtype=torch.float32)
 
 
 def workloads() -> list[Workload]:
