@@ -142,8 +142,12 @@ class DecoderLayer(nn.Module):
         """[tokens, hidden] -> [tokens, hidden]."""
         names = self.norm_names
         attended = self.self_attn(self._normed(names.pre_attention, x), tables, attend, dropout_seed)
-        x = x + self._normed(names.post_attention, attended)
-        fed = self.mlp(self._normed(names.pre_mlp, x), None if dropout_seed is None else dropout_seed + 2)
+        attended = self._normed(names.post_attention, attended)
+        if names.pre_mlp is None:
+            normed = x = attended + x
+        else:
+            normed, x = self.get_submodule(names.pre_mlp).after_adding(attended, x)
+        fed = self.mlp(normed, None if dropout_seed is None else dropout_seed + 2)
         return x + self._normed(names.post_mlp, fed)
 
     def _normed(self, name: str | None, x: Tensor) -> Tensor:

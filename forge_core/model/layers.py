@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forge_core.kernels import lora_linear, rms_norm
+from forge_core.kernels import add_rms_norm, lora_linear, rms_norm
 
 
 class Linear(nn.Module):
@@ -100,6 +100,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
         return rms_norm(x, self.weight, eps=self.eps, weight_offset=self.weight_offset)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and x + residual."""
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, weight_offset=self.weight_offset)
 
     def extra_repr(self) -> str:
         """Size and constants."""

@@ -133,9 +133,8 @@ def workloads(op: str) -> list[Workload]:
     return importlib.import_module(f".{op}", __package__).workloads()
 
 
-def compile_workload(op: str, index: int, architecture: int) -> list[Kernel]:
-    """Compiles what one workload of an op launches on one architecture."""
-    workload = workloads(op)[index]
+def compile_workload(workload: Workload, architecture: int) -> list[Kernel]:
+    """Compiles what a workload launches on one architecture."""
     if architecture not in workload.architectures:
         return []
     with _launches(architecture) as launches:
@@ -145,7 +144,8 @@ def compile_workload(op: str, index: int, architecture: int) -> list[Kernel]:
     kernels = []
     for function, compiled, grid, arguments in launches:
         registers, local_bytes = _resources(compiled.asm["cubin"])
-        tensors = [value for value in arguments.values() if hasattr(value, "data_ptr")]
+        values = [getattr(value, "base", value) for value in arguments.values()]  # the tensor of a TMA descriptor
+        tensors = [value for value in values if hasattr(value, "data_ptr")]
         kernels.append(
             Kernel(
                 workload=workload.name,
@@ -161,6 +161,10 @@ def compile_workload(op: str, index: int, architecture: int) -> list[Kernel]:
             )
         )
     return kernels
+
+
+def _compile_job(op: str, index: int, architecture: int) -> list[Kernel]:
+    return compile_workload(workloads(op)[index], architecture)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -185,7 +189,7 @@ def compile_all(ops: Sequence[str] = OPS, architectures: Sequence[int] = ARCHITE
     jobs = [(op, i, a) for op in ops for i in range(len(workloads(op))) for a in architectures]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        return [kernel for kernels in pool.map(compile_workload, *zip(*jobs, strict=True)) for kernel in kernels]
+        return [kernel for kernels in pool.map(_compile_job, *zip(*jobs, strict=True)) for kernel in kernels]
 
 
 def problems(kernels: Sequence[Kernel], ops: Sequence[str] = OPS) -> list[str]:

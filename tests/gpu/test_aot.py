@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def _calls_and_kernels(table: Path) -> list[list[str]]:
 
 def test_every_op_with_triton_kernels_is_compiled() -> None:
     assert set(aot.OPS) == {op for op, names in available_backends().items() if "triton" in names}
+
+
+@pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
+def test_spills_and_missing_wgmma_are_seen_in_the_machine_code() -> None:
+    from tests.gpu import probes  # defines kernels
+
+    spilling = Workload("probe: sum", probes.sum_in_few_registers, 1)
+    (kernel,) = aot.compile_workload(spilling, 90)
+    assert any("local memory" in problem for problem in kernel.problems(spilling))
+    for rows, found in ((64, []), (16, ["no wgmma"])):
+        matmul = Workload("probe: matmul", partial(probes.matmul, rows), 1, wgmma=("matmul_kernel",))
+        (kernel,) = aot.compile_workload(matmul, 90)
+        problems = kernel.problems(matmul)
+        assert len(problems) == len(found) and all(text in p for text, p in zip(found, problems, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""Residual addition and rms_norm, forward and backward with a frozen weight, against the two one after the other."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.peers import compiled
+from bench.registry import Candidates, Thunk, suite_device, workload
+from forge_core.kernels import add_rms_norm, rms_norm
+
+SHAPES = {"cpu": [(1024, 4096)], "gpu": [(8192, 4096)]}
+
+
+def _register(suite: str, tokens: int, width: int) -> None:
+    device = suite_device(suite)
+
+    @workload(
+        "add_rms_norm",
+        f"{tokens}x{width} fwd+bwd",
+        suite=suite,
+        bytes=tokens * width * 2 * 8,  # forward: two in, two out; backward: both gradients and the sum in, one out
+    )
+    def forward_backward() -> Candidates:
+        x, residual = (
+            torch.randn(tokens, width, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(2)
+        )
+        weight = torch.rand(width, dtype=torch.bfloat16, device=device)
+        dy, dtotal = (torch.randn(tokens, width, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+        def candidate(function) -> Thunk:  # type: ignore[no-untyped-def]
+            return lambda: torch.autograd.grad(function(x, residual, weight), (x, residual), (dy, dtotal))
+
+        def unfused(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            total = x + residual
+            return rms_norm(total, weight), total
+
+        def eager(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            total = x + residual
+            return F.rms_norm(total, (width,), weight, 1e-6), total
+
+        return {
+            "forge": candidate(add_rms_norm),
+            "forge, unfused": candidate(unfused),
+            "F.rms_norm": candidate(eager),
+            "torch.compile": candidate(compiled(eager)),
+        }
+
+
+for suite, shapes in SHAPES.items():
+    for tokens, width in shapes:
+        _register(suite, tokens, width)
