@@ -146,7 +146,9 @@ class DecoderLayer(nn.Module):
         if names.pre_mlp is None:
             normed = x = attended + x
         else:
-            normed, x = self.get_submodule(names.pre_mlp).after_adding(attended, x)
+            norm = self.get_submodule(names.pre_mlp)
+            assert isinstance(norm, RMSNorm)
+            normed, x = norm.after_adding(attended, x)
         fed = self.mlp(normed, None if dropout_seed is None else dropout_seed + 2)
         return x + self._normed(names.post_mlp, fed)
 

@@ -32,9 +32,9 @@ def workloads() -> list[Workload]:
     listed = []
     for d in (576, 4096, 8192):
         x, w, rstd = meta(8192, d), meta(d), meta(8192, dtype=torch.float32)
-        call = partial(add_rms_norm, x, x, w, 1e-6, 0.0)
-        listed.append(Workload(f"add_rms_norm: forward 8192 x {d}", call, 8 * 8192 * d))
+        forward = partial(add_rms_norm, x, x, w, 1e-6, 0.0)
+        listed.append(Workload(f"add_rms_norm: forward 8192 x {d}", forward, 8 * 8192 * d))
         for need, what in ((False, "backward"), (True, "backward with dweight")):
-            call = partial(add_rms_norm_backward, x, x, x, w, rstd, 0.0, need)
-            listed.append(Workload(f"add_rms_norm: {what} 8192 x {d}", call, 8 * 8192 * d))
+            backward = partial(add_rms_norm_backward, x, x, x, w, rstd, 0.0, need)
+            listed.append(Workload(f"add_rms_norm: {what} 8192 x {d}", backward, 8 * 8192 * d))
     return listed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forge_core.kernels import available_backends, library
+from forge_core.kernels import library
 from forge_core.kernels.gpu import aot
 from forge_core.kernels.gpu.workload import Workload
 
@@ -34,10 +34,6 @@ def test_every_kernel_compiles_without_spills_and_fits(tmp_path: Path) -> None:
 
 def _calls_and_kernels(table: Path) -> list[list[str]]:
     return [line.split("|")[1:3] for line in table.read_text().splitlines() if line.startswith("| ")]
-
-
-def test_every_op_with_triton_kernels_is_compiled() -> None:
-    assert set(aot.OPS) == {op for op, names in available_backends().items() if "triton" in names}
 
 
 @pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
