@@ -30,15 +30,16 @@ class _UnslothStyle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, a, b, mask = ctx.saved_tensors
-        dropped = x if mask is None else x * mask / (1 - ctx.dropout_p)
+        kept = x if mask is None else x * mask
+        scale = ctx.scaling / (1 - ctx.dropout_p)  # one factor on the small products, no pass of its own over x
         ds = dy @ b
-        da = torch.mm(ds.T, dropped).mul_(ctx.scaling)
-        db = torch.mm(dy.T, dropped @ a.T).mul_(ctx.scaling)
+        da = torch.mm(ds.T, kept).mul_(scale)
+        db = torch.mm(dy.T, kept @ a.T).mul_(scale)
         dx = dy @ weight
         if mask is None:
-            dx.addmm_(ds, a, alpha=ctx.scaling)
+            dx.addmm_(ds, a, alpha=scale)
         else:
-            dx += (ds @ a) * mask * (ctx.scaling / (1 - ctx.dropout_p))
+            dx.addcmul_(ds @ a, mask, value=scale)
         return dx, None, da, db, None, None
 
 
@@ -47,7 +48,8 @@ class _LoraFusionScheme(torch.autograd.Function):
 
     Their one-kernel versions of the large matmul are stood for by cuBLAS or oneDNN with beta = 1, which reads and
     writes y (and dX) once more but runs at the library's efficiency; dS and dB, one pass over dY there, are two matmuls
-    here.
+    here. For a Llama-3-8B layer at 8192 tokens that is 3.4 GB of traffic, about 0.8 ms of an H200, beyond an ideal
+    version of theirs: read ratios of a few percent against it with that in mind.
     """
 
     @staticmethod
@@ -65,9 +67,9 @@ class _LoraFusionScheme(torch.autograd.Function):
         dropped, mask, weight, a, b, s = ctx.saved_tensors
         ds, db = dy @ b, (dy.T @ s).mul_(ctx.scaling)
         da = ds.T @ dropped
-        dx = ds @ a
+        dx = (ds / (1 - ctx.dropout_p)) @ a
         if mask is not None:
-            dx.mul_(mask).div_(1 - ctx.dropout_p)
+            dx.mul_(mask)
         dx.addmm_(dy, weight)
         return dx, None, da, db, None, None
 
