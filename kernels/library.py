@@ -55,6 +55,7 @@ def register_op(
     gpu: str | None = None,
     gpu_fake: Callable[..., Any] | None = None,
     schema: str | None = None,
+    gpu_schema: str | None = None,
 ) -> None:
     """Gives `torch.ops.forge.<name>` its fake and its backward, and the same to its Triton twin, if it has one.
 
@@ -68,11 +69,13 @@ def register_op(
             is imported by the first call. None: there is no twin.
         gpu_fake: fake of the twin, where its scratch outputs differ from those of the compiled op.
         schema: arguments and results of an op that only Triton has: "(Tensor x, ...) -> Tensor".
+        gpu_schema: those of the twin, where it has further scratch arguments or results.
     """
     namespaces = {"forge": fake} if schema is None else {}
     if gpu is not None:
-        compiled_schema = "" if schema else str(getattr(torch.ops.forge, name).default._schema)
-        _TWINS.define(name + schema if schema else compiled_schema.removeprefix("forge::"))
+        twin = schema or gpu_schema
+        compiled_schema = "" if twin else str(getattr(torch.ops.forge, name).default._schema)
+        _TWINS.define(name + twin if twin else compiled_schema.removeprefix("forge::"))
         launch = functools.partial(_launch, gpu, name)
         _TWINS.impl(name, launch, "CUDA")
         if TRITON_INTERPRETED:

@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dora, reference
 from .library import register_op
 from .registry import Op, cpp_reasons, no_reasons, triton_reasons
 
@@ -23,6 +23,7 @@ def lora_linear(
     *,
     scaling: float,
     bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | int | None = None,
     backend: str = "auto",
@@ -38,6 +39,7 @@ def lora_linear(
     *,
     scaling: float | Sequence[float],
     bias: Sequence[Tensor | None] | None = None,
+    magnitude: Sequence[Tensor | None] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | int | None = None,
     backend: str = "auto",
@@ -52,6 +54,7 @@ def lora_linear(
     *,
     scaling: float | Sequence[float],
     bias: Tensor | Sequence[Tensor | None] | None = None,
+    magnitude: Tensor | Sequence[Tensor | None] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | int | None = None,
     backend: str = "auto",
@@ -63,8 +66,11 @@ def lora_linear(
     gets one gradient.
 
     Dropout masks are a function of the seed, the position of the element in x and the index of the projection only
-    (Philox4x32-10): they are made again in the backward pass instead of being stored, and every projection of a group
-    has its own, as separate layers would.
+    (Philox4x32-10): they are made again in the backward pass instead of being stored (Triton keeps one bit an element,
+    except under a checkpoint), and every projection of a group has its own, as separate layers would.
+
+    With a magnitude m the output before the bias is multiplied by `m / ||W + scaling * B A||`, norms of rows (DoRA, Liu
+    et al., arXiv 2402.09353, equation 5); the norm counts as a constant in the backward pass.
 
     Args:
         x: [..., in], float32, bfloat16, float16 or float64.
@@ -74,6 +80,7 @@ def lora_linear(
         lora_b: [out, rank], as lora_a. Ranks may differ within a group.
         scaling: factor of the adapter's product, or one per projection of a group; usually alpha / rank.
         bias: [out], dtype of x.
+        magnitude: [out], dtype of x or float32; None, or None for a projection of a group: no rescaling.
         dropout_p: probability in [0, 1) with which an element of x does not reach the adapter.
         dropout_seed: int64 scalar tensor or int, required when dropout_p > 0.
         backend: "auto" tries "cpp" (CPU), "triton", then "reference".
@@ -89,12 +96,19 @@ def lora_linear(
     weights, a, b = _as_list(weight), _as_list(lora_a), _as_list(lora_b)
     biases = [None] * len(weights) if bias is None else _as_list(bias)
     scalings = [float(s) for s in scaling] if isinstance(scaling, Sequence) else [float(scaling)] * len(weights)
-    _check(x, weights, a, b, biases, scalings, grouped)
+    magnitudes = [None] * len(weights) if magnitude is None else _as_list(magnitude)
+    _check(x, weights, a, b, biases, scalings, magnitudes, grouped)
     seed = _checked_seed(dropout_p, dropout_seed, x.device)
 
     rows = x.reshape(-1, x.shape[-1])
     run = OP.select(backend, rows, weights, a, b, biases)
+    late = biases
+    biases = [bias if m is None else None for bias, m in zip(biases, magnitudes, strict=True)]
     outputs = run(rows, weights, a, b, biases, scalings, float(dropout_p), seed)
+    outputs = tuple(
+        y if m is None else dora.rescale(y, m, dora.adapted_norm(weights[i], a[i], b[i], scalings[i]), late[i])
+        for i, (y, m) in enumerate(zip(outputs, magnitudes, strict=True))
+    )
     outputs = tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
     return outputs if grouped else outputs[0]
 
@@ -110,11 +124,13 @@ def _check(
     lora_b: list[Tensor],
     biases: list[Tensor | None],
     scalings: list[float],
+    magnitudes: list[Tensor | None],
     grouped: bool,
 ) -> None:
     if not weights:
         raise ValueError("weight: got an empty list, expected at least one projection")
-    for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", biases), ("scaling", scalings)):
+    lists = {"lora_a": lora_a, "lora_b": lora_b, "bias": biases, "scaling": scalings, "magnitude": magnitudes}
+    for name, values in lists.items():
         if len(values) != len(weights):
             raise ValueError(f"{name}: got {len(values)} entries, expected one per weight, {len(weights)}")
     if x.dim() == 0:
@@ -130,13 +146,14 @@ def _check(
             raise ValueError(f"lora_a{at}: got shape {list(a.shape)}, expected [rank, {features}]")
         if tuple(b.shape) != (out, a.shape[0]):
             raise ValueError(f"lora_b{at}: got shape {list(b.shape)}, expected [{out}, {a.shape[0]}]")
-        if bias is not None and tuple(bias.shape) != (out,):
-            raise ValueError(f"bias{at}: got shape {list(bias.shape)}, expected [{out}]")
+        for name, tensor in (("bias", bias), ("magnitude", magnitudes[i])):
+            if tensor is not None and tuple(tensor.shape) != (out,):
+                raise ValueError(f"{name}{at}: got shape {list(tensor.shape)}, expected [{out}]")
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != x.dtype:
                 raise ValueError(f"{name}{at}: got {tensor.dtype}, expected the dtype of x, {x.dtype}")
-        for name, tensor in (("lora_a", a), ("lora_b", b)):
-            if tensor.dtype not in (x.dtype, torch.float32):
+        for name, tensor in (("lora_a", a), ("lora_b", b), ("magnitude", magnitudes[i])):
+            if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
                 raise ValueError(f"{name}{at}: got {tensor.dtype}, expected {x.dtype} as x, or torch.float32")
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -178,8 +195,9 @@ def _run(
     given = []
     if any(bias is not None for bias in biases):
         given = [x.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    s = ops.lora_shrink(x, lora_a, scalings, dropout_p, dropout_seed)
-    return tuple(ops.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed))
+    shrunk = ops.lora_shrink(x, lora_a, scalings, dropout_p, dropout_seed)
+    s, *bits = (shrunk,) if isinstance(shrunk, Tensor) else shrunk
+    return tuple(ops.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed, *bits))
 
 
 MAX_RANK = 256  # of the Triton kernels, which hold a rank in registers
@@ -209,6 +227,9 @@ OP.register("reference", reference.lora_linear, no_reasons)
 # The two ops are halves of one function: lora_matmul's backward gives dS' = scaling * dY B where autograd expects the
 # gradient of S, and all of dX; lora_shrink's backward turns dS' into dA and has nothing to add to dX. The reasons are
 # at the top of csrc/cpu/lora_linear.cpp. Neither op is public, and neither is right without the other.
+#
+# The Triton ops have one more tensor, always the last: the dropout bits, which the forward pass keeps for the backward
+# because making them costs more time than reading them. `bits` below is empty for the compiled ops.
 
 
 def _fake_shrink(
@@ -217,8 +238,21 @@ def _fake_shrink(
     return x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_a))
 
 
+def _gpu_fake_shrink(
+    x: Tensor, lora_a: list[Tensor], scaling: list[float], dropout_p: float, dropout_seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = (0,) if dropout_seed is None else (len(lora_a), x.shape[0], (x.shape[1] + 31) // 32)
+    return _fake_shrink(x, lora_a, scaling, dropout_p, dropout_seed), x.new_empty(shape, dtype=torch.int32)
+
+
 def _fake_shrink_backward(
-    ds: Tensor, x: Tensor, ranks: list[int], wide: list[bool], dropout_p: float, dropout_seed: Tensor | None
+    ds: Tensor,
+    x: Tensor,
+    ranks: list[int],
+    wide: list[bool],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    *bits: Tensor,
 ) -> list[Tensor]:
     return [
         x.new_empty(rank, x.shape[1], dtype=torch.float32 if is_wide else x.dtype)
@@ -231,19 +265,35 @@ def _setup_shrink(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.projections = len(scaling)
     ctx.ranks = [a.shape[0] for a in lora_a]
     ctx.wide = [a.dtype != x.dtype for a in lora_a]
-    ctx.save_for_backward(x)
+    bits = () if isinstance(output, Tensor) else output[1:]
+    ctx.save_for_backward(x, *bits)
 
 
-def _backward_shrink(ops, ctx, ds: Tensor):  # type: ignore[no-untyped-def]
+def _backward_shrink(ops, ctx, ds: Tensor, *_: object):  # type: ignore[no-untyped-def]
     das: list[Tensor] | list[None] = [None] * ctx.projections
     if any(ctx.needs_input_grad[1]):
-        (x,) = ctx.saved_tensors
-        das = ops.lora_shrink_backward(ds, x, ctx.ranks, ctx.wide, ctx.dropout_p, ctx.dropout_seed)
+        x, *bits = ctx.saved_tensors
+        das = ops.lora_shrink_backward(ds, x, ctx.ranks, ctx.wide, ctx.dropout_p, ctx.dropout_seed, *bits)
     return None, das, None, None, None
 
 
-register_op("lora_shrink", _fake_shrink, _backward_shrink, _setup_shrink, gpu="lora_linear")
-register_op("lora_shrink_backward", _fake_shrink_backward, gpu="lora_linear")
+register_op(
+    "lora_shrink",
+    _fake_shrink,
+    _backward_shrink,
+    _setup_shrink,
+    gpu="lora_linear",
+    gpu_fake=_gpu_fake_shrink,
+    gpu_schema="(Tensor x, Tensor[] lora_a, float[] scaling, float dropout_p, Tensor? dropout_seed)"
+    " -> (Tensor s, Tensor bits)",
+)
+register_op(
+    "lora_shrink_backward",
+    _fake_shrink_backward,
+    gpu="lora_linear",
+    gpu_schema="(Tensor ds, Tensor x, int[] ranks, bool[] wide, float dropout_p,"
+    " Tensor? dropout_seed, Tensor bits) -> Tensor[]",
+)
 
 
 def _fake_matmul(
@@ -256,6 +306,7 @@ def _fake_matmul(
     scaling: list[float],
     dropout_p: float,
     dropout_seed: Tensor | None,
+    *bits: Tensor,
 ) -> list[Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
@@ -271,15 +322,20 @@ def _fake_matmul_backward(
     dropout_seed: Tensor | None,
     need_dx: bool,
     need_db: bool,
+    *bits: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     dx = s.new_empty((s.shape[0], weights[0].shape[1]) if need_dx else (0,))
     return dx, torch.empty_like(s), [b.new_empty(b.shape) for b in lora_b] if need_db else []
 
 
 def _setup_matmul(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, ctx.s, ctx.weights, ctx.lora_a, ctx.lora_b, ctx.biases, ctx.scaling, ctx.dropout_p, ctx.dropout_seed = inputs
+    _, ctx.s, ctx.weights, ctx.lora_a, ctx.lora_b, ctx.biases, ctx.scaling, ctx.dropout_p, *rest = inputs
+    ctx.dropout_seed, *bits = rest
     # Attributes, not save_for_backward: a tensor saved here would make the recomputation of a checkpointed block run
-    # this op again just to save it. x is not kept at all; S costs tokens * rank.
+    # this op again just to save it. x is not kept at all; S costs tokens * rank. The bits, in / 8 bytes a token and
+    # projection, are too much to keep behind the back of whoever packs saved tensors: they are then made again.
+    packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ctx.bits = [None if packed else b for b in bits]
 
 
 def _backward_matmul(ops, ctx, dys: list[Tensor]):  # type: ignore[no-untyped-def]
@@ -295,6 +351,7 @@ def _backward_matmul(ops, ctx, dys: list[Tensor]):  # type: ignore[no-untyped-de
         ctx.dropout_seed,
         need_x,
         any(need_b),
+        *ctx.bits,
     )
     dbiases = [dy.sum(0) if need else None for dy, need in zip(dys, need_bias, strict=False)]
     none = [None] * len(dys)
@@ -308,8 +365,24 @@ def _backward_matmul(ops, ctx, dys: list[Tensor]):  # type: ignore[no-untyped-de
         None,
         None,
         None,
+        *(None for _ in ctx.bits),
     )
 
 
-register_op("lora_matmul", _fake_matmul, _backward_matmul, _setup_matmul, gpu="lora_linear")
-register_op("lora_matmul_backward", _fake_matmul_backward, gpu="lora_linear")
+register_op(
+    "lora_matmul",
+    _fake_matmul,
+    _backward_matmul,
+    _setup_matmul,
+    gpu="lora_linear",
+    gpu_schema="(Tensor x, Tensor s, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] biases,"
+    " float[] scaling, float dropout_p, Tensor? dropout_seed, Tensor bits) -> Tensor[]",
+)
+register_op(
+    "lora_matmul_backward",
+    _fake_matmul_backward,
+    gpu="lora_linear",
+    gpu_schema="(Tensor[] dys, Tensor s, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b,"
+    " float[] scaling, float dropout_p, Tensor? dropout_seed, bool need_dx, bool need_db, Tensor? bits)"
+    " -> (Tensor dx, Tensor ds, Tensor[] dbs)",
+)

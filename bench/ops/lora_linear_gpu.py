@@ -109,13 +109,14 @@ def _register_skinny(k: int, outs: tuple[int, ...], rank: int, dropout: bool) ->
             b = [torch.randn(n, rank, device="cuda") / rank**0.5 for n in outs]
             dys, ones = [_randn(TOKENS, n) for n in outs], [1.0] * len(outs)
             seed = torch.zeros((), dtype=torch.int64, device="cuda") if dropout else None
+            _, bits = ops.lora_shrink(x, a, ones, p, seed)
             half_a, half_b = torch.cat(a).bfloat16(), [t.bfloat16() for t in b]
             source = torch.empty(TOKENS * width, dtype=torch.bfloat16, device="cuda")
             target = torch.empty_like(source)
             parts = s.split(rank, 1)
             calls = {
                 "S": lambda: ops.lora_shrink(x, a, ones, p, seed),
-                "dA": lambda: ops.lora_shrink_backward(s, x, [rank] * len(outs), [True] * len(outs), p, seed),
+                "dA": lambda: ops.lora_shrink_backward(s, x, [rank] * len(outs), [True] * len(outs), p, seed, bits),
                 "dS and dB": lambda: ops.ds_and_dbs(dys, s, b, ones),
             }
             torchs = {

@@ -20,18 +20,19 @@ from .workload import Workload, meta
 
 def lora_shrink(
     x: Tensor, lora_a: Sequence[Tensor], scaling: Sequence[float], dropout_p: float, dropout_seed: Tensor | None
-) -> Tensor:
-    """S = [scaling_i * dropout_i(x) A_i^T], [tokens, sum of ranks]."""
+) -> tuple[Tensor, Tensor]:
+    """S = [scaling_i * dropout_i(x) A_i^T], [tokens, sum of ranks], and dropout's bits, empty without dropout."""
     x, ranks = x.contiguous(), [a.shape[0] for a in lora_a]
     s = x.new_empty(x.shape[0], sum(ranks))
-    if s.numel() == 0 or x.numel() == 0:
-        return s.zero_()
-    lora_a, factor = rounded(lora_a, x.dtype), _factor(dropout_p, dropout_seed)
     words = dropout_bits(dropout_p, dropout_seed, len(ranks), x.shape[0], x.shape[1], x.device)
+    bits = x.new_empty(0, dtype=torch.int32) if words is None else words
+    if s.numel() == 0 or x.numel() == 0:
+        return s.zero_(), bits
+    lora_a, factor = rounded(lora_a, x.dtype), _factor(dropout_p, dropout_seed)
     for group, column in groups(ranks):
         scales = [scale * factor for scale in scaling[group]]
         shrink(x, lora_a[group], scales, s[:, column:], words, first=group.start)
-    return s
+    return s, bits
 
 
 def lora_shrink_backward(
@@ -41,6 +42,7 @@ def lora_shrink_backward(
     wide: Sequence[bool],
     dropout_p: float,
     dropout_seed: Tensor | None,
+    bits: Tensor,
 ) -> list[Tensor]:
     """dA_i = dS_i^T dropout_i(x), float32 where wide."""
     ds, x = ds.contiguous(), x.contiguous()
@@ -49,7 +51,7 @@ def lora_shrink_backward(
     if x.numel() == 0 or ds.numel() == 0:
         das = [da.zero_() for da in das]
     else:
-        words = dropout_bits(dropout_p, dropout_seed, len(das), x.shape[0], x.shape[1], x.device)
+        words = None if dropout_seed is None else bits
         for group, column in groups(list(ranks)):
             gather(ds[:, column:], x, das[group], _factor(dropout_p, dropout_seed), words, first=group.start)
     return [da.to(torch.float32 if w else x.dtype) for da, w in zip(das, wide, strict=True)]
@@ -65,6 +67,7 @@ def lora_matmul(
     scaling: Sequence[float],
     dropout_p: float,
     dropout_seed: Tensor | None,
+    bits: Tensor,
     *,
     way: str | None = None,
 ) -> list[Tensor]:
@@ -88,6 +91,7 @@ def lora_matmul_backward(
     dropout_seed: Tensor | None,
     need_dx: bool,
     need_db: bool,
+    bits: Tensor | None,
     *,
     way: str | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -98,12 +102,14 @@ def lora_matmul_backward(
     dx = s.new_empty(0)
     if need_dx:
         factor = _factor(dropout_p, dropout_seed)
-        words = dropout_bits(dropout_p, dropout_seed, len(dys), s.shape[0], features, s.device)
+        words = None if dropout_seed is None else bits
+        if words is None:  # dropped for a checkpoint
+            words = dropout_bits(dropout_p, dropout_seed, len(dys), s.shape[0], features, s.device)
         lora_a, parts = rounded(lora_a, s.dtype), []
         for group, column in groups(ranks):
-            bits = None if words is None else words[group]
+            masks = None if words is None else words[group]
             pairs = dys[group], list(weights[group])
-            parts.append(matmul(Operands(*pairs, ds[:, column:], lora_a[group], None, bits, factor, nt=False), way))
+            parts.append(matmul(Operands(*pairs, ds[:, column:], lora_a[group], None, masks, factor, nt=False), way))
         dx = parts[0]
         for part in parts[1:]:  # more than three projections, or very large ranks
             dx += part
@@ -146,6 +152,7 @@ def workloads() -> list[Workload]:
 
     for rank, k, outs, p in ((16, d, qkv, 0.0), (64, d, qkv, 0.1), (64, ff, [d], 0.0), (128, d, [ff, ff], 0.1)):
         (a, b), s = adapters(k, outs, rank), meta(tokens, rank * len(outs))
+        bits = meta(len(outs), tokens, k // 32, dtype=torch.int32)
         x, dys, drop = meta(tokens, k), [meta(tokens, n) for n in outs], (p, seed if p else None)
         ones, size = (
             [1.0] * len(outs),
@@ -160,17 +167,19 @@ def workloads() -> list[Workload]:
         )
         add(
             f"dA {size}",
-            partial(lora_shrink_backward, s, x, ranks, [True] * len(ranks), *drop),
+            partial(lora_shrink_backward, s, x, ranks, [True] * len(ranks), *drop, bits),
             x.numel() + s.numel(),
         )
 
     def forward(way: str) -> None:
         a, b = adapters(d, [d], 16)
-        lora_matmul(meta(tokens, d), meta(tokens, 16), [meta(d, d)], a, b, [meta(d)], [1.0], 0.0, None, way=way)
+        lora_matmul(
+            meta(tokens, d), meta(tokens, 16), [meta(d, d)], a, b, [meta(d)], [1.0], 0.0, None, meta(0), way=way
+        )
 
     def backward(way: str, outs: list[int], p: float) -> None:
         a = [meta(16, d) for _ in outs]
-        words = dropout_bits(p, seed if p else None, len(outs), tokens, d, a[0].device)
+        words = meta(len(outs), tokens, d // 32, dtype=torch.int32) if p else None
         pairs = [meta(tokens, n) for n in outs], [meta(n, d) for n in outs]
         matmul(Operands(*pairs, meta(tokens, 16 * len(outs)), a, None, words, 1.0, nt=False), way)
 

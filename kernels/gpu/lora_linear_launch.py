@@ -50,6 +50,8 @@ def dropout_bits(
         return None
     seed = seed.to(device)
     words = torch.empty(projections, tokens, triton.cdiv(features, 32), dtype=torch.int32, device=device)
+    if words.numel() == 0:
+        return words
     lowest_kept = min(round(p * 2**32), 2**32 - 1)
     aligned = features % 4 == 0
     block_m, block_w = (32, 16) if aligned else (32, 4)

@@ -88,9 +88,11 @@ class _Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.arguments: dict[str, tuple] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.names.append(func.name())
+        self.arguments[func.name()] = args
         return func(*args, **(kwargs or {}))
 
     def count(self, op: str) -> int:
@@ -256,12 +258,14 @@ def test_opcheck(backend: Backend, tokens: int, seed: Tensor | None) -> None:
     s = torch.randn(tokens, 5, device=backend.device, requires_grad=True)
     dys = [torch.randn(tokens, n, device=backend.device) for n in (6, 4)]
     detached = [[t.detach() for t in group] for group in (a, b)]
-    torch.library.opcheck(ops.lora_shrink.default, (x, a, [1.0, 0.5], *dropout))
-    torch.library.opcheck(ops.lora_shrink_backward.default, (s.detach(), x.detach(), [2, 3], [False] * 2, *dropout))
-    torch.library.opcheck(ops.lora_matmul.default, (x, s, weights, a, b, biases, [1.0, 0.5], *dropout))
-    torch.library.opcheck(
-        ops.lora_matmul_backward.default, (dys, s.detach(), weights, *detached, [1.0, 0.5], *dropout, True, True)
-    )
+    bits = list(ops.lora_shrink(x, a, [1.0, 0.5], *dropout)[1:]) if backend.name == "triton" else []
+    scaling = [1.0, 0.5]
+    torch.library.opcheck(ops.lora_shrink.default, (x, a, scaling, *dropout))
+    given = (s.detach(), x.detach(), [2, 3], [False] * 2, *dropout, *bits)
+    torch.library.opcheck(ops.lora_shrink_backward.default, given)
+    torch.library.opcheck(ops.lora_matmul.default, (x, s, weights, a, b, biases, scaling, *dropout, *bits))
+    given = (dys, s.detach(), weights, *detached, scaling, *dropout, True, True)
+    torch.library.opcheck(ops.lora_matmul_backward.default, (*given, *bits))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -282,12 +286,16 @@ def test_checkpointing_does_not_repeat_the_last_matmul(backend: Backend, p: floa
     def block(x, weights, a, b):  # type: ignore[no-untyped-def]
         return _ours(x.sin(), weights, a, b, p=p, backend=backend.name)
 
-    expected = _gradients(block, inputs)
+    last = "forge_triton::lora_matmul_backward"
+    with _Calls() as calls:
+        expected = _gradients(block, inputs)
+    assert last not in calls.arguments or calls.arguments[last][-1].numel() == (24 if p else 0)  # dropout bits
     with _Calls() as calls:
         actual = _gradients(lambda *args: checkpoint(block, *args, use_reentrant=False), inputs)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert calls.count("lora_shrink") == 2
     assert calls.count("lora_matmul") == 1
+    assert last not in calls.arguments or calls.arguments[last][-1] is None  # not kept for the time of a checkpoint
 
 
 def test_errors_name_the_argument() -> None:
