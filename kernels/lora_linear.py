@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import dora, reference
+from . import dora, quantized, reference
 from .library import register_op
 from .registry import Op, cpp_reasons, no_reasons, triton_reasons
 
@@ -74,7 +74,9 @@ def lora_linear(
 
     Args:
         x: [..., in], float32, bfloat16, float16 or float64.
-        weight: [out, in], dtype of x; the grouped form takes a list, also for lora_a, lora_b and bias.
+        weight: [out, in], dtype of x; the grouped form takes a list, also for lora_a, lora_b, bias and magnitude.
+            Quantised tensors whose nominal dtype is that of x (torchao's NF4, float8, int8) are made dense for the
+            forward matmul, and again for the backward one.
         lora_a: [rank, in], dtype of x, or float32 master weights, which are rounded to the dtype of x for the matmuls
             and whose gradients are float32.
         lora_b: [out, rank], as lora_a. Ranks may differ within a group.
@@ -197,7 +199,14 @@ def _run(
         given = [x.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
     shrunk = ops.lora_shrink(x, lora_a, scalings, dropout_p, dropout_seed)
     s, *bits = (shrunk,) if isinstance(shrunk, Tensor) else shrunk
-    return tuple(ops.lora_matmul(x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed, *bits))
+    arguments = (x, s, weights, lora_a, lora_b, given, scalings, dropout_p, dropout_seed, *bits)
+    if any(map(quantized.is_quantized, weights)):
+        return tuple(quantized.matmul(ops, _setup_matmul, _backward_matmul, *arguments))
+    return tuple(ops.lora_matmul(*arguments))
+
+
+def _run_reference(x: Tensor, weights: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    return reference.lora_linear(x, [quantized.dense(weight) for weight in weights], *arguments)
 
 
 MAX_RANK = 256  # of the Triton kernels, which hold a rank in registers
@@ -221,7 +230,7 @@ def _triton_reasons(
 
 OP.register("cpp", partial(_run, torch.ops.forge), _reasons)
 OP.register("triton", partial(_run, torch.ops.forge_triton), _triton_reasons)
-OP.register("reference", reference.lora_linear, no_reasons)
+OP.register("reference", _run_reference, no_reasons)
 
 
 # The two ops are halves of one function: lora_matmul's backward gives dS' = scaling * dY B where autograd expects the

@@ -1,0 +1,71 @@
+"""Frozen weights in a quantised format: dequantised for a matmul, never kept dense between forward and backward.
+
+At thousands of tokens one dequantisation and a dense matmul beat kernels that do both at once; see docs/LOG.md.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether the weight is a tensor subclass with a format of its own, such as torchao's: it can be made dense."""
+    kind = type(weight)
+    return hasattr(kind, "get_original_weight") or kind.dequantize is not Tensor.dequantize
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The weight as a plain tensor of its nominal dtype; a plain one as it is."""
+    if not is_quantized(weight):
+        return weight
+    with torch.no_grad():
+        # torchao's NF4Tensor has a static method of the name `dequantize` with another meaning.
+        get = getattr(weight, "get_original_weight", weight.dequantize)
+        return get().to(weight.dtype)
+
+
+def matmul(ops: Any, setup: Callable[..., None], backward: Callable[..., Any], *arguments: Any) -> Sequence[Tensor]:
+    """`ops.lora_matmul(*arguments)` with quantised weights; `setup` and `backward` are those of the op."""
+    x, s, weights, lora_a, lora_b, biases, *rest = arguments
+    return _Matmul.apply(ops, setup, backward, weights, rest, len(lora_a), x, s, *lora_a, *lora_b, *biases)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ops: Any,
+        setup: Callable[..., None],
+        backward: Callable[..., Any],
+        weights: list[Tensor],
+        rest: list,
+        projections: int,
+        x: Tensor,
+        s: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        lists = _split(tensors, projections)
+        return tuple(ops.lora_matmul(x, s, [dense(weight) for weight in weights], *lists, *rest))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ops, setup, backward, weights, rest, ctx.projections, x, s, *tensors = inputs
+        ctx.ops, ctx.run_backward, ctx.of_op = ops, backward, SimpleNamespace()
+        setup(ctx.of_op, (x, s, weights, *_split(tensors, ctx.projections), *rest), output)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple:
+        need_x, need_s, *needs = ctx.needs_input_grad[6:]
+        _, needs_b, needs_bias = _split(needs, ctx.projections)
+        of_op = SimpleNamespace(**vars(ctx.of_op))
+        of_op.weights = [dense(weight) for weight in ctx.of_op.weights]
+        of_op.needs_input_grad = (need_x, need_s, None, None, needs_b, needs_bias)
+        dx, ds, _, das, dbs, dbiases, *_ = ctx.run_backward(ctx.ops, of_op, list(dys))
+        return None, None, None, None, None, None, dx, ds, *das, *dbs, *dbiases
+
+
+def _split(values: Sequence[Any], count: int) -> tuple[list, list, list]:
+    # lora_a, lora_b and biases, of which there may be none.
+    return list(values[:count]), list(values[count : 2 * count]), list(values[2 * count :])
