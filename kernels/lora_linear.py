@@ -131,7 +131,7 @@ def _check(
 ) -> None:
     if not weights:
         raise ValueError("weight: got an empty list, expected at least one projection")
-    lists = {"lora_a": lora_a, "lora_b": lora_b, "bias": biases, "scaling": scalings, "magnitude": magnitudes}
+    lists: dict[str, list] = dict(lora_a=lora_a, lora_b=lora_b, bias=biases, scaling=scalings, magnitude=magnitudes)
     for name, values in lists.items():
         if len(values) != len(weights):
             raise ValueError(f"{name}: got {len(values)} entries, expected one per weight, {len(weights)}")

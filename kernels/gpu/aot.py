@@ -31,6 +31,7 @@ ARCHITECTURES = (80, 90, 100)
 # for each): CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+TENSOR_COLUMNS = 512  # of a program; Triton compiles a kernel that wants more to a trap
 REGISTERS_PER_SM, WARPS_PER_SM, PROGRAMS_PER_SM = 65536, 64, 32
 
 # H200: 132 multiprocessors, measured ceilings.
@@ -51,6 +52,7 @@ class Kernel:
     programs: int  # of the grid
     bytes: int  # of the tensors among the arguments
     wgmma: int  # instructions
+    tensor_columns: int = 0  # of tensor memory (sm_100)
 
     @property
     def programs_per_sm(self) -> int:
@@ -77,6 +79,8 @@ class Kernel:
             found.append(f"{self.shared_bytes} bytes of shared memory, limit {SHARED_LIMIT[self.architecture]}")
         elif self.programs_per_sm == 0:
             found.append(f"{self.registers} registers x {self.warps} warps do not fit a multiprocessor")
+        if self.tensor_columns > TENSOR_COLUMNS:
+            found.append(f"{self.tensor_columns} columns of tensor memory, limit {TENSOR_COLUMNS}")
         if self.architecture == 90 and self.function in workload.wgmma and not self.wgmma:
             found.append("no wgmma instruction, expected a Hopper matmul")
         return [f"{self.workload}: {self.function} on sm_{self.architecture}: {text}" for text in found]
@@ -157,6 +161,7 @@ def compile_workload(workload: Workload, architecture: int) -> list[Kernel]:
                 warps=compiled.metadata.num_warps,
                 programs=math.prod(grid),
                 bytes=sum(t.numel() * t.element_size() for t in tensors),
+                tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
                 wgmma=len(re.findall(r"\bwgmma\.mma_async", compiled.asm["ptx"])),
             )
         )

@@ -56,6 +56,7 @@ def test_spills_and_missing_wgmma_are_seen_in_the_machine_code() -> None:
         ({"local_bytes": 8}, "8 bytes a thread in local memory"),
         ({"shared_bytes": 228 * 1024}, "233472 bytes of shared memory, limit 232448"),
         ({"registers": 255, "warps": 16}, "255 registers x 16 warps do not fit"),
+        ({"tensor_columns": 640}, "640 columns of tensor memory, limit 512"),
         ({}, "no wgmma instruction"),
     ],
 )
