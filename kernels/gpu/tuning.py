@@ -84,16 +84,26 @@ def forget() -> None:
 def _known() -> dict[str, str]:
     global _choices
     if _choices is None:
-        path = cache_path()
-        _choices = json.loads(path.read_text()) if path.is_file() else {}
+        _choices = _read(cache_path())
     return _choices
+
+
+def _read(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected the choices of an earlier run as JSON, got {error}; delete it") from error
 
 
 def _save(choices: dict[str, str]) -> None:
     path = cache_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Other processes save too: keep what they found; the rename is atomic.
-    merged = (json.loads(path.read_text()) if path.is_file() else {}) | choices
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(merged, indent=1, sort_keys=True))
-    temporary.replace(path)
+    merged = _read(path) | choices  # other processes save too
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(merged, indent=1, sort_keys=True))
+        temporary.replace(path)
+    except OSError as error:  # a read-only home: this process goes on with its choices
+        warnings.warn(f"{path}: choices are not kept for the next run: {error}", stacklevel=2)

@@ -48,6 +48,18 @@ def test_a_remembered_way_that_is_gone_is_measured_again(cache: Path) -> None:
     assert json.loads(cache.read_text()) == {"key": "fast", "kept": "x"}
 
 
+def test_files_that_cannot_be_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=r"tuning\.json: choices are not kept"):
+        assert tuning.choose("key", WAYS, "slow", lambda ways: {"slow": 2.0, "fast": 1.0}) == "fast"
+    cache.parent.unlink()
+    cache.parent.mkdir()
+    cache.write_text("not JSON")
+    tuning.forget()
+    with pytest.raises(ValueError, match=r"tuning\.json: expected the choices of an earlier run"):
+        tuning.choose("key", WAYS, "slow", lambda ways: {})
+
+
 def test_off_and_alone_take_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     time = mock.Mock()
     assert tuning.choose("key", {"only": lambda: None}, "only", time) == "only"
