@@ -54,7 +54,7 @@ def dropout_bits(
         return words
     lowest_kept = min(round(p * 2**32), 2**32 - 1)
     aligned = features % 4 == 0
-    block_m, block_w = (32, 16) if aligned else (32, 4)
+    block_m, block_w = (8, 16) if aligned else (32, 4)
     skinny.dropout_bits_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(words.shape[2], block_w), projections)](
         words, seed, tokens, features, lowest_kept - 2**32 if lowest_kept >= 2**31 else lowest_kept,  # as int32
         BLOCK_M=block_m, WORDS=block_w, ALIGNED=aligned, num_warps=4,

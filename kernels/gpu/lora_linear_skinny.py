@@ -53,22 +53,21 @@ def dropout_bits_kernel(
     rw = (tl.program_id(1) * WORDS + tl.arange(0, WORDS))[None, :]
     stream = tl.program_id(2)
     seed = tl.load(seed_pointer)
-    kept = (tl.full((1, 1), 0, tl.int32) + lowest_kept).to(tl.uint32, bitcast=True)
+    kept = (tl.full((1, 1, 1), 0, tl.int32) + lowest_kept).to(tl.uint32, bitcast=True)
     first = rm.to(tl.int64) * K + rw.to(tl.int64) * 32
     if ALIGNED:  # K % 4 == 0: a word of bits begins with word 0 of a counter
-        packed = tl.zeros((BLOCK_M, WORDS), tl.int32)
-        for c in range(8):  # a loop, not unrolled: eight Philox states side by side would spill
-            w0, w1, w2, w3 = _philox((first >> 2) + c, stream, seed)
-            four = (w0 >= kept).to(tl.int32) | (w1 >= kept).to(tl.int32) << 1
-            four |= (w2 >= kept).to(tl.int32) << 2 | (w3 >= kept).to(tl.int32) << 3
-            packed |= four << (4 * c)
+        c = tl.arange(0, 8)[None, None, :]
+        w0, w1, w2, w3 = _philox((first >> 2)[:, :, None] + c, stream, seed)
+        four = (w0 >= kept).to(tl.int32) | (w1 >= kept).to(tl.int32) << 1
+        four |= (w2 >= kept).to(tl.int32) << 2 | (w3 >= kept).to(tl.int32) << 3
+        packed = tl.sum(four << (4 * c), axis=2)
     else:
         b = tl.arange(0, 32)[None, None, :]
         element = first[:, :, None] + b
         w0, w1, w2, w3 = _philox(element >> 2, stream, seed)
         which = element & 3
         chosen = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-        packed = tl.sum((chosen >= kept[:, :, None]).to(tl.int32) << b, axis=2)
+        packed = tl.sum((chosen >= kept).to(tl.int32) << b, axis=2)
     row_words = (K + 31) // 32
     target = words + (stream * M + rm).to(tl.int64) * row_words + rw
     tl.store(target, packed, mask=(rm < M) & (rw < row_words))
