@@ -10,28 +10,9 @@
 // a skinny matmul, no scaled copy of B or A exists, and autograd adds up nothing of the size of x.
 // lora_matmul saves S but not x: under non-reentrant checkpointing, the recomputation of a block ends with lora_shrink
 // and does not repeat the block's last matmul.
-#include "cpu/vec.h"
+#include "cpu/lora_linear.h"
 
 namespace forge {
-
-template <class T>
-struct LoraDropoutKernels {
-  // Blocks of four elements [begin, end) of x [elements]: y = kept ? x : 0. y may be x.
-  void (*mask)(const T* x, T* y, int64_t begin, int64_t end, int64_t elements, uint64_t seed, uint32_t stream,
-               uint32_t lowest_kept);
-  // y += kept ? x : 0.
-  void (*add_masked)(const T* x, T* y, int64_t begin, int64_t end, int64_t elements, uint64_t seed, uint32_t stream,
-                     uint32_t lowest_kept);
-};
-
-constexpr int64_t kPanel = 64;  // columns of one task of skinny_tn
-
-struct LoraSkinnyKernels {
-  // Panels [begin, end) of kPanel columns: out [rank, columns] = scale * s^T x, s [tokens, rank], x [tokens, columns].
-  void (*skinny_tn)(const float* s, const bf16* x, float* out, int64_t begin, int64_t end, int64_t tokens, int64_t rank,
-                    int64_t columns, float scale);
-};
-
 namespace FORGE_ISA {
 namespace {
 
@@ -163,233 +144,55 @@ const RegisterKernels<LoraSkinnyKernels> register_skinny({&skinny_tn});
 
 #if FORGE_ISA_LEVEL == 0
 
-#include <cmath>
-#include <optional>
-
-#include "cpu/tensor.h"
+#include "cpu/lora_linear_gemm.h"
+#include "cpu/lora_linear_torch.h"
 
 namespace forge {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
-// p = 0 is given as no seed.
-struct Dropout {
-  bool active = false;
-  double p = 0;
-  uint64_t seed = 0;
-  uint32_t lowest_kept = 0;  // an element is kept when its random word is at least this
-
-  Dropout(double probability, const std::optional<Tensor>& seed_tensor) {
-    if (!seed_tensor.has_value()) return;
-    FORGE_CHECK(seed_tensor->scalar_type() == ScalarType::Long && seed_tensor->numel() == 1, "dropout_seed",
-                "another tensor", "an int64 scalar");
-    FORGE_CHECK(probability >= 0 && probability < 1, "dropout_p", probability, "a probability in [0, 1)");
-    active = true;
-    p = probability;
-    seed = static_cast<uint64_t>(*data<int64_t>(*seed_tensor));
-    lowest_kept = static_cast<uint32_t>(std::fmin(std::nearbyint(probability * 4294967296.0), 4294967295.0));
-  }
-
-  // What kept elements are multiplied by: folded into the matmuls, so that masking itself rounds nothing.
-  double factor() const { return active ? 1 / (1 - p) : 1.0; }
-
-  void apply(const Tensor& x, const Tensor& y, int64_t stream, bool add) const {
-    const int64_t elements = x.numel();
-    dispatch_float_bf16(x, "x", [&]<class T>() {
-      torch::stable::parallel_for(0, (elements + 3) / 4, 4096, [&](int64_t begin, int64_t end) {
-        const auto& loops = kernels<LoraDropoutKernels<T>>();
-        (add ? loops.add_masked : loops.mask)(data<T>(x), mutable_data<T>(y), begin, end, elements, seed,
-                                              static_cast<uint32_t>(stream), lowest_kept);
-      });
-    });
-  }
-};
-
-Tensor in_dtype(const Tensor& x, ScalarType dtype) {
-  return as_contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
-}
-
-Tensor columns_of(const Tensor& x, int64_t start, int64_t length) {
-  Tensor view = x;
-  return torch::stable::narrow(view, 1, start, length);
-}
-
-Tensor rows_of(const Tensor& x, int64_t start, int64_t length) {
-  Tensor view = x;
-  return torch::stable::narrow(view, 0, start, length);
-}
-
-// All adapters' A below one another, in the dtype of the matmuls: [sum of ranks, in].
-Tensor stacked(const Tensors& lora_a, ScalarType dtype) {
-  if (lora_a.size() == 1) return in_dtype(lora_a[0], dtype);
-  int64_t rows = 0;
-  for (const Tensor& a : lora_a) rows += a.size(0);
-  Tensor result = new_tensor({rows, lora_a[0].size(1)}, dtype);
-  int64_t start = 0;
-  for (const Tensor& a : lora_a) {
-    Tensor part = rows_of(result, start, a.size(0));
-    torch::stable::copy_(part, a);
-    start += a.size(0);
-  }
-  return result;
-}
-
-void check_lengths(size_t length, std::initializer_list<size_t> others) {
-  for (const size_t other : others) {
-    FORGE_CHECK(length > 0 && other == length, "lists", other << " entries", length << ", one per projection");
-  }
-}
-
-bool all_equal(const std::vector<double>& values) {
-  for (double value : values) {
-    if (value != values[0]) return false;
-  }
-  return true;
-}
-
-// scale * s^T x for s [tokens, rank] and x [tokens, columns]: [rank, columns] in `dtype`. A float32 result of bfloat16
-// inputs is never rounded to bfloat16.
-Tensor transposed_product(const Tensor& s, const Tensor& x, double scale, ScalarType dtype) {
-  const int64_t rank = s.size(1), columns = x.size(1);
-  FORGE_CHECK(s.size(0) == x.size(0), "tokens", s.size(0), x.size(0));
-  Tensor out = new_tensor({rank, columns}, dtype);
-  if (dtype == x.scalar_type()) {
-    addmm_(out, transposed(s), x, 0.0, scale);
-    return out;
-  }
-  FORGE_CHECK(dtype == ScalarType::Float && x.scalar_type() == ScalarType::BFloat16, "lora_a, lora_b",
-              toString(dtype), "the dtype of x, or float32 with bfloat16 x");
-  const Tensor wide = in_dtype(s, ScalarType::Float);
-  active_isa_level();  // complains here about a wrong FORGE_CPU_ISA
-  torch::stable::parallel_for(0, (columns + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
-    kernels<LoraSkinnyKernels>().skinny_tn(data<float>(wide), data<bf16>(x), mutable_data<float>(out), begin, end,
-                                           x.size(0), rank, columns, static_cast<float>(scale));
-  });
-  return out;
-}
+// Our own matmul sums base and adapter in one pass; it needs bfloat16 and its dot product.
+bool takes_gemm(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 && has_bf16_dot_product(); }
 
 Tensor lora_shrink(const Tensor& x_any, const Tensors& lora_a, const std::vector<double>& scaling, double dropout_p,
                    const std::optional<Tensor>& dropout_seed) {
   check_lengths(lora_a.size(), {scaling.size()});
   const Tensor x = as_contiguous(x_any), a = stacked(lora_a, x.scalar_type());
   const Dropout dropout(dropout_p, dropout_seed);
-  Tensor s = new_tensor({x.size(0), a.size(0)}, x.scalar_type());
-  if (!dropout.active && all_equal(scaling)) {
-    addmm_(s, x, transposed(a), 0.0, scaling[0]);
-    return s;
-  }
-  Tensor dropped = dropout.active ? torch::stable::empty_like(x) : x;
-  int64_t start = 0;
-  for (size_t i = 0; i < lora_a.size(); ++i) {
-    const int64_t rank = lora_a[i].size(0);
-    if (dropout.active) dropout.apply(x, dropped, static_cast<int64_t>(i), false);
-    addmm_(columns_of(s, start, rank), dropped, transposed(rows_of(a, start, rank)), 0.0,
-           scaling[i] * dropout.factor());
-    start += rank;
-  }
-  return s;
+  const auto run = takes_gemm(x) ? &lora_by_gemm::shrink : &lora_by_torch::shrink;
+  return run(x, a, ranks_of(lora_a), scaling, dropout);
 }
 
-// dA_i = dS'_i^T dropout_i(x), in the dtype of the adapters.
-Tensors lora_shrink_backward(const Tensor& ds_any, const Tensor& x_any, const std::vector<int64_t>& ranks,
+// dA_i = dS'_i^T dropout_i(x), in float32 where `wide`, else in the dtype of x.
+Tensors lora_shrink_backward(const Tensor& ds, const Tensor& x, const std::vector<int64_t>& ranks,
                              const std::vector<bool>& wide, double dropout_p,
                              const std::optional<Tensor>& dropout_seed) {
   check_lengths(ranks.size(), {wide.size()});
-  const Tensor ds = as_contiguous(ds_any), x = as_contiguous(x_any);
   const Dropout dropout(dropout_p, dropout_seed);
-  Tensor dropped = dropout.active ? torch::stable::empty_like(x) : x;
-  Tensors das;
-  int64_t start = 0;
-  if (!dropout.active && wide == std::vector<bool>(wide.size(), wide[0])) {
-    const Tensor all = transposed_product(ds, x, 1.0, wide[0] ? ScalarType::Float : x.scalar_type());
-    if (ranks.size() == 1) return {all};
-    for (const int64_t rank : ranks) {
-      das.push_back(torch::stable::clone(rows_of(all, start, rank)));
-      start += rank;
-    }
-    return das;
-  }
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    if (dropout.active) dropout.apply(x, dropped, static_cast<int64_t>(i), false);
-    das.push_back(transposed_product(columns_of(ds, start, ranks[i]), dropped, dropout.factor(),
-                                     wide[i] ? ScalarType::Float : x.scalar_type()));
-    start += ranks[i];
-  }
-  return das;
+  const auto run = takes_gemm(x) ? &lora_by_gemm::shrink_backward : &lora_by_torch::shrink_backward;
+  return run(as_contiguous(ds), as_contiguous(x), ranks, wide, dropout);
 }
 
-Tensors lora_matmul(const Tensor& x_any, const Tensor& s_any, const Tensors& weights, const Tensors& lora_a,
+Tensors lora_matmul(const Tensor& x, const Tensor& s, const Tensors& weights, const Tensors& lora_a,
                     const Tensors& lora_b, const Tensors& biases, const std::vector<double>&, double,
                     const std::optional<Tensor>&) {
   check_lengths(weights.size(), {lora_a.size(), lora_b.size(), biases.empty() ? weights.size() : biases.size()});
-  const Tensor x = as_contiguous(x_any), s = as_contiguous(s_any);
-  Tensors ys;
-  int64_t start = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t rank = lora_a[i].size(0);
-    const Tensor si = columns_of(s, start, rank), bt = transposed(in_dtype(lora_b[i], x.scalar_type()));
-    Tensor y = new_tensor({x.size(0), weights[i].size(0)}, x.scalar_type());
-    // The small term first: it is rounded once while it is small, and the large sum once.
-    if (biases.empty()) {
-      mm_out(y, si, bt);
-    } else {
-      addmm_out(y, biases[i], si, bt);
-    }
-    addmm_(y, x, transposed(weights[i]));
-    ys.push_back(y);
-    start += rank;
-  }
-  return ys;
+  const auto run = takes_gemm(x) ? &lora_by_gemm::matmul : &lora_by_torch::matmul;
+  return run(as_contiguous(x), as_contiguous(s), weights, lora_b, biases);
 }
 
 // dX (empty unless need_dx), dS', and dB_i = dY_i^T S_i in the dtypes of lora_b (none unless need_db).
-std::tuple<Tensor, Tensor, Tensors> lora_matmul_backward(const Tensors& dys_any, const Tensor& s_any,
+std::tuple<Tensor, Tensor, Tensors> lora_matmul_backward(const Tensors& dys_any, const Tensor& s,
                                                          const Tensors& weights, const Tensors& lora_a,
                                                          const Tensors& lora_b, const std::vector<double>& scaling,
                                                          double dropout_p, const std::optional<Tensor>& dropout_seed,
                                                          bool need_dx, bool need_db) {
   check_lengths(weights.size(), {dys_any.size(), lora_a.size(), lora_b.size(), scaling.size()});
-  const Tensor s = as_contiguous(s_any);
-  const ScalarType dtype = s.scalar_type();
   const Dropout dropout(dropout_p, dropout_seed);
-  const int64_t tokens = s.size(0), features = weights[0].size(1);
-  const Tensor a = stacked(lora_a, dtype);
-  Tensor ds = new_tensor({tokens, s.size(1)}, dtype);
-  Tensors dys, dbs;
-  int64_t start = 0;
-  for (size_t i = 0; i < dys_any.size(); ++i) {
-    const int64_t rank = lora_a[i].size(0);
-    dys.push_back(as_contiguous(dys_any[i]));
-    addmm_(columns_of(ds, start, rank), dys[i], in_dtype(lora_b[i], dtype), 0.0, scaling[i]);
-    if (need_db) {
-      const Tensor si = columns_of(s, start, rank);
-      if (lora_b[i].scalar_type() == dtype) {
-        dbs.push_back(transposed_product(dys[i], si, 1.0, dtype));
-      } else {
-        dbs.push_back(as_contiguous(transposed(transposed_product(si, dys[i], 1.0, ScalarType::Float))));
-      }
-    }
-    start += rank;
-  }
-  if (!need_dx) return {new_tensor({0}, dtype), ds, dbs};
-
-  Tensor dx = new_tensor({tokens, features}, dtype);
-  if (!dropout.active) {
-    mm_out(dx, ds, a);
-  } else {
-    Tensor part = dys.size() > 1 ? torch::stable::empty_like(dx) : dx;
-    start = 0;
-    for (size_t i = 0; i < dys.size(); ++i) {
-      const int64_t rank = lora_a[i].size(0);
-      const Tensor& target = i == 0 ? dx : part;
-      addmm_(target, columns_of(ds, start, rank), rows_of(a, start, rank), 0.0, dropout.factor());
-      dropout.apply(target, dx, static_cast<int64_t>(i), i != 0);
-      start += rank;
-    }
-  }
-  for (size_t i = 0; i < dys.size(); ++i) addmm_(dx, dys[i], weights[i]);
-  return {dx, ds, dbs};
+  Tensors dys;
+  for (const Tensor& dy : dys_any) dys.push_back(as_contiguous(dy));
+  const auto run = takes_gemm(s) ? &lora_by_gemm::matmul_backward : &lora_by_torch::matmul_backward;
+  return run(dys, as_contiguous(s), weights, stacked(lora_a, s.scalar_type()), lora_b, scaling, dropout, need_dx,
+             need_db);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forge, CPU, m) {

@@ -1,0 +1,364 @@
+// The loops of gemm_bf16.h. A panel of B is packed once as pairs along the depth; blocks of rows x 64 columns are then
+// summed in registers, A read where it lies: one broadcast of a pair and four dot-product instructions per row.
+// On one Zen 5 core: 505 GFLOP/s of about 515, packing included.
+#include "cpu/gemm_bf16.h"
+
+#include <immintrin.h>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 reports the deliberately undefined operand inside its own unpack and shuffle intrinsics (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace forge {
+namespace FORGE_ISA {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// 64 bits from bit `first` on.
+inline uint64_t bits_at(KeepBits bits, int64_t first) {
+  const int64_t word = first / 64, shift = first % 64;
+  return shift == 0 ? bits[word] : bits[word] >> shift | bits[word + 1] << (64 - shift);
+}
+
+inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// ---- packing ------------------------------------------------------------------------------------------------
+
+// 16 rows of 32 elements, `stride` apart -> packed[pair * packed_stride + row]; only `rows` rows and `depth` elements
+// are read, the others are zero.
+inline void pack_16_rows(const bf16* source, int64_t stride, int64_t rows, int64_t depth,
+                                           uint32_t* packed, int64_t packed_stride) {
+  const __mmask32 valid = static_cast<__mmask32>(low_bits(smaller(depth, 32)));
+  __m512i x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    x[i] = i < rows ? _mm512_maskz_loadu_epi16(valid, source + i * stride) : _mm512_setzero_si512();
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[4 * i + 0] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+  }
+  // x[4 * g + c] holds, in 128-bit lane l, pair 4 * l + c of rows 4 * g .. 4 * g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xee);
+    _mm512_storeu_si512(packed + (0 + c) * packed_stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(packed + (4 + c) * packed_stride, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(packed + (8 + c) * packed_stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(packed + (12 + c) * packed_stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+}
+
+// Rows [from, from + depth) of the term's B, columns [column, column + columns) -> packed [pairs][16 * vectors].
+void pack(const GemmTerm& term, int64_t from, int64_t depth, int64_t column, int64_t columns,
+                            int64_t vectors, uint32_t* packed) {
+  const int64_t width = 16 * vectors;
+  if (term.b_transposed) {
+    for (int64_t k = 0; k < depth; k += 32) {
+      for (int64_t j = 0; j < columns; j += 16) {
+        pack_16_rows(term.b + (column + j) * term.ldb + from + k, term.ldb, columns - j, depth - k,
+                     packed + k / 2 * width + j, width);
+      }
+    }
+    return;
+  }
+  constexpr int64_t kAhead = 16;  // rows: a row of a panel is one or two cache lines, too far apart for the hardware
+  const uint64_t valid = low_bits(columns);
+  for (int64_t k = 0; k < depth; k += 2) {
+    const int64_t row = from + k;
+    const bf16* first = term.b + row * term.ldb + column;
+    const bf16* second = first + term.ldb;
+    uint64_t keep_first = valid, keep_second = k + 1 < depth ? valid : 0;
+    if (k + kAhead + 1 < depth) {
+      for (int64_t j = 0; j < columns; j += 32) {
+        _mm_prefetch(reinterpret_cast<const char*>(first + kAhead * term.ldb + j), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(second + kAhead * term.ldb + j), _MM_HINT_T0);
+      }
+    }
+    if (term.keep_b != nullptr) {
+      keep_first &= bits_at(term.keep_b, row * term.ldb + column);
+      if (keep_second != 0) keep_second &= bits_at(term.keep_b, (row + 1) * term.ldb + column);
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const __mmask16 low_mask = static_cast<__mmask16>(keep_first >> (16 * v));
+      const __mmask16 high_mask = static_cast<__mmask16>(keep_second >> (16 * v));
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(low_mask, first + 16 * v));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(high_mask, second + 16 * v));
+      _mm512_storeu_si512(packed + k / 2 * width + 16 * v, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+
+// Rows of A that cannot be read where they lie: too few for a register block, an odd depth, or dropout.
+void stage(const GemmTerm& term, int64_t row, int64_t rows, int64_t block_rows, int64_t from,
+                             int64_t depth, bf16* staged, int64_t stride) {
+  for (int64_t r = 0; r < block_rows; ++r) {
+    const bf16* source = term.a + (row + r) * term.lda + from;
+    for (int64_t k = 0; k < stride; k += 32) {
+      uint64_t keep = r < rows && k < depth ? low_bits(smaller(depth - k, 32)) : 0;
+      if (keep != 0 && term.keep_a != nullptr) keep &= bits_at(term.keep_a, (row + r) * term.lda + from + k);
+      const __mmask32 room = static_cast<__mmask32>(low_bits(smaller(stride - k, 32)));
+      _mm512_mask_storeu_epi16(staged + r * stride + k, room,
+                               _mm512_maskz_loadu_epi16(static_cast<__mmask32>(keep), source + k));
+    }
+  }
+}
+
+// ---- register blocks ----------------------------------------------------------------------------------------
+
+struct Piece {
+  const bf16* a;
+  int64_t lda;
+  const uint32_t* packed;
+  int64_t pairs;
+};
+
+// tile [R, kGemmColumns] (+)= the products of all pieces, for 16 * V columns.
+template <int R, int V>
+void block(const Piece* pieces, int64_t count, float* tile, bool accumulate) {
+  __m512 sum[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const bf16* a = pieces[i].a;
+    const int64_t lda = pieces[i].lda, pairs = pieces[i].pairs;
+    const uint32_t* packed = pieces[i].packed;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      __m512bh columns[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(packed + (pair * V + v) * 16);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        int32_t both;
+        __builtin_memcpy(&both, a + r * lda + 2 * pair, sizeof(both));
+        const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], row, columns[v]);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      float* target = tile + r * kGemmColumns + 16 * v;
+      _mm512_storeu_ps(target, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target), sum[r][v]) : sum[r][v]);
+    }
+  }
+}
+
+using Block = void (*)(const Piece*, int64_t, float*, bool);
+// By the number of vectors: 24 sums (fewer for narrow panels) hide the latency of the dot product.
+constexpr Block kBlocks[4] = {&block<12, 1>, &block<12, 2>, &block<8, 3>, &block<6, 4>};
+constexpr int64_t kBlockRows[4] = {12, 12, 8, 6};
+
+// target (+)= scale * kept elements of tile, a part of a product [., width] that begins with its element number `first`.
+void add_kept(const float* tile, KeepBits keep, float scale, int64_t first, int64_t width, int64_t rows, int64_t vectors,
+              float* target, bool accumulate) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint64_t kept = bits_at(keep, first + r * width);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t at = r * kGemmColumns + 16 * v;
+      const __m512 part = _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept >> (16 * v)), tile + at);
+      const __m512 x = _mm512_mul_ps(part, _mm512_set1_ps(scale));
+      _mm512_storeu_ps(target + at, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target + at), x) : x);
+    }
+  }
+}
+
+// Scales, adds the bias, rounds and writes rows x columns of C.
+void finish(const GemmProblem& p, float* tile, int64_t row, int64_t rows, int64_t column,
+                              int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < columns; j += 16) {
+      const __mmask16 valid = static_cast<__mmask16>(low_bits(smaller(columns - j, 16)));
+      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(tile + r * kGemmColumns + j), _mm512_set1_ps(p.scale));
+      if (p.bias != nullptr) {
+        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p.bias + column + j));
+        x = _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+      }
+      if (p.c_transposed) {
+        _mm512_storeu_ps(tile + r * kGemmColumns + j, x);
+      } else if (p.c_float) {
+        _mm512_mask_storeu_ps(static_cast<float*>(p.c) + (row + r) * p.ldc + column + j, valid, x);
+      } else {
+        _mm256_mask_storeu_epi16(static_cast<bf16*>(p.c) + (row + r) * p.ldc + column + j, valid,
+                                 (__m256i)_mm512_cvtneps_pbh(x));
+      }
+    }
+  }
+  if (!p.c_transposed) return;
+  for (int64_t j = 0; j < columns; ++j) {
+    const int64_t at = (column + j) * p.ldc + row;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float x = tile[r * kGemmColumns + j];
+      if (p.c_float) {
+        static_cast<float*>(p.c)[at + r] = x;
+      } else {
+        static_cast<bf16*>(p.c)[at + r] = from_float<bf16>(x);
+      }
+    }
+  }
+}
+
+// ---- the whole ----------------------------------------------------------------------------------------------
+
+// The pieces that are packed together: as many as fit; a term whose product is masked stands alone.
+struct Round {
+  int64_t count = 0;
+  struct {
+    const GemmTerm* term;
+    int64_t from, depth, packed;  // packed: where its pairs start
+  } pieces[kGemmPieces];
+  const GemmTerm* masked = nullptr;
+};
+
+struct Position {
+  int64_t term = 0, from = 0;
+};
+
+Round next_round(const GemmProblem& p, Position& at) {
+  Round round;
+  int64_t pairs = 0;
+  while (at.term < p.term_count && round.count < kGemmPieces && pairs < kGemmPairs) {
+    const GemmTerm& term = p.terms[at.term];
+    if (term.keep_product != nullptr && round.count > 0 && at.from == 0) break;
+    const int64_t depth = smaller(term.depth - at.from, 2 * (kGemmPairs - pairs));
+    round.pieces[round.count++] = {&term, at.from, depth, pairs};
+    pairs += (depth + 31) / 32 * 16;
+    at.from += depth;
+    if (at.from >= term.depth) at = {at.term + 1, 0};
+    if (term.keep_product != nullptr) {
+      round.masked = &term;
+      break;
+    }
+  }
+  return round;
+}
+
+void run(const GemmProblem& p, int64_t begin, int64_t end, char* scratch) {
+  uint32_t* packed = reinterpret_cast<uint32_t*>(scratch);
+  float* strip = reinterpret_cast<float*>(packed + (kGemmPairs + 16 * kGemmPieces) * kGemmColumns);
+  float* product = strip + p.part_rows * kGemmColumns;
+  bf16* staged = reinterpret_cast<bf16*>(product + kGemmMaxRows * kGemmColumns);
+  Position all;
+  next_round(p, all);
+  const bool single = all.term == p.term_count;  // then the sums of one block at a time are kept, and B stays packed
+  int64_t packed_panel = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t panel = task / p.parts, column = panel * kGemmColumns;
+    const int64_t columns = smaller(kGemmColumns, p.columns - column), vectors = (columns + 15) / 16;
+    const int64_t row_begin = task % p.parts * p.part_rows, row_end = smaller(p.rows, row_begin + p.part_rows);
+    const int64_t block_rows = kBlockRows[vectors - 1];
+    Position at;
+    bool first = true;
+    while (at.term < p.term_count) {
+      const Round round = next_round(p, at);
+      if (!single || panel != packed_panel) {
+        for (int64_t i = 0; i < round.count; ++i) {
+          const auto& piece = round.pieces[i];
+          pack(*piece.term, piece.from, piece.depth, column, columns, vectors, packed + piece.packed * 16 * vectors);
+        }
+        packed_panel = panel;
+      }
+      for (int64_t row = row_begin; row < row_end; row += block_rows) {
+        const int64_t rows = smaller(block_rows, row_end - row);
+        Piece pieces[kGemmPieces];
+        bf16* room = staged;
+        for (int64_t i = 0; i < round.count; ++i) {
+          const auto& piece = round.pieces[i];
+          const GemmTerm& term = *piece.term;
+          pieces[i] = {term.a + row * term.lda + piece.from, term.lda, packed + piece.packed * 16 * vectors,
+                       (piece.depth + 1) / 2};
+          if (rows < block_rows || piece.depth % 2 != 0 || term.keep_a != nullptr) {
+            const int64_t stride = 2 * pieces[i].pairs;
+            stage(term, row, rows, block_rows, piece.from, piece.depth, room, stride);
+            pieces[i].a = room;
+            pieces[i].lda = stride;
+            room += block_rows * stride;
+          }
+        }
+        float* tile = strip + (single ? 0 : (row - row_begin) * kGemmColumns);
+        if (round.masked == nullptr) {
+          kBlocks[vectors - 1](pieces, round.count, tile, !first);
+        } else {
+          kBlocks[vectors - 1](pieces, round.count, product, false);
+          add_kept(product, round.masked->keep_product, round.masked->product_scale, row * p.columns + column, p.columns,
+                   rows, vectors, tile, !first);
+        }
+        if (at.term == p.term_count) finish(p, tile, row, rows, column, columns);
+      }
+      first = false;
+    }
+  }
+}
+
+// 16 Philox4x32-10 counters (Salmon et al., SC 2011) at a time: 64 random words, one word of bits.
+void keep_bits(uint64_t* bits, int64_t begin, int64_t end, uint64_t seed, uint32_t stream,
+                                 uint32_t lowest_kept) {
+  const __m512i multiplier0 = _mm512_set1_epi64(0xD2511F53), multiplier2 = _mm512_set1_epi64(0xCD9E8D57);
+  const __m512i threshold = _mm512_set1_epi32(static_cast<int>(lowest_kept));
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int64_t word = begin; word < end; ++word) {
+    // 16 * word has its low four bits clear: adding the lane never carries into the high half.
+    const uint64_t counter = 16 * static_cast<uint64_t>(word);
+    __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(counter))), lane);
+    __m512i c1 = _mm512_set1_epi32(static_cast<int>(counter >> 32));
+    __m512i c2 = _mm512_set1_epi32(static_cast<int>(stream)), c3 = _mm512_setzero_si512();
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      // 32 x 32 -> 64 bits exists for the even lanes only: once as they are, once shifted.
+      const __m512i even0 = _mm512_mul_epu32(c0, multiplier0);
+      const __m512i odd0 = _mm512_mul_epu32(_mm512_srli_epi64(c0, 32), multiplier0);
+      const __m512i even2 = _mm512_mul_epu32(c2, multiplier2);
+      const __m512i odd2 = _mm512_mul_epu32(_mm512_srli_epi64(c2, 32), multiplier2);
+      const __m512i high0 = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even0, 32), odd0);
+      const __m512i high2 = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even2, 32), odd2);
+      const __m512i low0 = _mm512_mask_blend_epi32(0xaaaa, even0, _mm512_slli_epi64(odd0, 32));
+      const __m512i low2 = _mm512_mask_blend_epi32(0xaaaa, even2, _mm512_slli_epi64(odd2, 32));
+      const __m512i k0 = _mm512_set1_epi32(static_cast<int>(key0)), k1 = _mm512_set1_epi32(static_cast<int>(key1));
+      c0 = _mm512_ternarylogic_epi32(high2, c1, k0, 0x96);  // a ^ b ^ c
+      c2 = _mm512_ternarylogic_epi32(high0, c3, k1, 0x96);
+      c1 = low2;
+      c3 = low0;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+    bits[word] = _pdep_u64(_mm512_cmpge_epu32_mask(c0, threshold), 0x1111111111111111u) |
+                 _pdep_u64(_mm512_cmpge_epu32_mask(c1, threshold), 0x2222222222222222u) |
+                 _pdep_u64(_mm512_cmpge_epu32_mask(c2, threshold), 0x4444444444444444u) |
+                 _pdep_u64(_mm512_cmpge_epu32_mask(c3, threshold), 0x8888888888888888u);
+  }
+}
+
+void transpose(const bf16* x, int64_t ldx, int64_t rows, bf16* y, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 64;  // rows: their cache lines are read again for every column
+  for (int64_t from = 0; from < rows; from += kBlock) {
+    for (int64_t column = begin; column < end; ++column) {
+      for (int64_t row = from; row < smaller(rows, from + kBlock); ++row) y[column * rows + row] = x[row * ldx + column];
+    }
+  }
+}
+
+const RegisterKernels<GemmKernels> register_kernels({&run, &keep_bits, &transpose});
+
+}  // namespace
+}  // namespace FORGE_ISA
+}  // namespace forge
