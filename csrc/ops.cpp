@@ -22,6 +22,8 @@ STABLE_TORCH_LIBRARY(forge, m) {
       "lora_matmul_backward(Tensor[] dys, Tensor s, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b,"
       " float[] scaling, float dropout_p, Tensor? dropout_seed, bool need_dx, bool need_db)"
       " -> (Tensor dx, Tensor ds, Tensor[] dbs)");
+  m.def("frozen_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]");
+  m.def("frozen_linear_backward(Tensor[] dys, Tensor[] weights) -> Tensor");
   m.def(
       "weighted_linear_cross_entropy(Tensor hidden, Tensor lm_head, Tensor targets, Tensor? token_weights,"
       " Tensor? source_ids, int num_sources, Tensor? normalizer, int ignore_index, float softcap, float z_loss,"
@@ -47,4 +49,7 @@ STABLE_TORCH_LIBRARY(forge, m) {
   m.def(
       "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor cu_seqlens,"
       " bool causal, int window, float softcap, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor lengths, int window, float softcap, float scale)"
+      " -> Tensor");
 }

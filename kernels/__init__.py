@@ -4,6 +4,8 @@
 # `kernels` and imports it: it must then find an empty module, not load the op libraries a second time.
 if __name__ == "forge_core.kernels":
     from .add_rms_norm import add_rms_norm
+    from .decode_attention import decode_attention
+    from .frozen_linear import frozen_linear
     from .linear_token_logprobs import linear_token_logprobs
     from .lora_linear import lora_linear
     from .pack import PackPlan, TokenMixer, pack_sequences
@@ -22,6 +24,8 @@ __all__ = [
     "TokenMixer",
     "add_rms_norm",
     "available_backends",
+    "decode_attention",
+    "frozen_linear",
     "linear_token_logprobs",
     "lora_linear",
     "pack_sequences",

@@ -318,3 +318,35 @@ def _attend(
         hidden = hidden | (distance.abs() >= window)
     probabilities = torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)
     return torch.einsum("hgij,jhd->ihgd", probabilities, v).reshape(length, heads, d)
+
+
+def frozen_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """Plain-torch definition of kernels/frozen_linear.py."""
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Plain-torch definition of kernels/decode_attention.py, without a loop over the sequences: it runs on GPUs."""
+    count, kv_heads, wide = q.shape[0], keys.shape[1], compute_dtype(q)
+    # The query heads that share a key head stand where a prompt's tokens would: no copies of the keys.
+    queries = q.reshape(count, kv_heads, -1, q.shape[2]).to(wide)
+    logits = queries @ keys[:count].to(wide).transpose(2, 3) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    index = torch.arange(keys.shape[2], device=q.device)
+    visible = index < lengths[:, None]
+    if window is not None:
+        visible &= index >= lengths[:, None] - window
+    visible = visible[:, None, None]
+    probabilities = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
+    # Masked places enter the product with probability 0, and 0 * NaN would be NaN.
+    seen = values[:count].to(wide).masked_fill(~visible.transpose(2, 3), 0.0)
+    return (probabilities @ seen).reshape(q.shape).to(q.dtype)

@@ -59,10 +59,10 @@ inline void run_gemm(GemmProblem p) {
   });
 }
 
-// c = scale * sum of the terms (+ bias [columns]), in the dtype of c [rows, columns], whose rows or columns have unit
-// stride.
-inline void gemm(const Tensor& c, const std::vector<GemmTerm>& terms, double scale = 1.0,
-                 const Tensor* bias = nullptr) {
+// c = scale * sum of the terms (+ bias [columns] or [rows]), in the dtype of c [rows, columns], whose rows or columns
+// have unit stride.
+inline void gemm(const Tensor& c, const std::vector<GemmTerm>& terms, double scale = 1.0, const Tensor* bias = nullptr,
+                 bool bias_of_rows = false) {
   GemmProblem p{c.size(0), c.size(1), terms.data(), static_cast<int64_t>(terms.size()), c.mutable_data_ptr(),
                 c.stride(0)};
   p.c_transposed = c.stride(1) != 1;
@@ -70,7 +70,26 @@ inline void gemm(const Tensor& c, const std::vector<GemmTerm>& terms, double sca
   p.c_float = c.scalar_type() == ScalarType::Float;
   p.scale = static_cast<float>(scale);
   if (bias != nullptr) p.bias = data<bf16>(*bias);
+  p.bias_of_rows = bias_of_rows;
   run_gemm(p);
+}
+
+struct LinearTerm {
+  const Tensor x, weight;  // [rows, in], [out, in]
+};
+
+// y [rows, out] = scale * sum of x weight^T (+ bias [out]).
+inline void gemm_linear(const Tensor& y, const std::vector<LinearTerm>& linears, double scale = 1.0,
+                        const Tensor* bias = nullptr) {
+  // Few rows: y^T = weight x^T. Then x is what is packed, and the weights, which are all the work, are read in place.
+  constexpr int64_t kFewRows = 64;
+  bool few = y.size(0) <= kFewRows;
+  for (const LinearTerm& linear : linears) few = few && linear.weight.stride(1) == 1;
+  std::vector<GemmTerm> terms;
+  for (const auto& [x, weight] : linears) {
+    terms.push_back(few ? gemm_term(weight, transposed(x)) : gemm_term(x, transposed(weight)));
+  }
+  gemm(few ? transposed(y) : y, terms, scale, bias, few);
 }
 
 }  // namespace forge

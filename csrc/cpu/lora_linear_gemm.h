@@ -31,7 +31,7 @@ inline Tensor shrink(const Tensor& x, const Tensor& a, const std::vector<int64_t
                      const std::vector<double>& scaling, const Dropout& dropout) {
   const Tensor s = new_tensor({x.size(0), a.size(0)}, ScalarType::BFloat16);
   if (!dropout.active && all_equal(scaling)) {
-    gemm(s, {gemm_term(x, transposed(a))}, scaling[0]);
+    gemm_linear(s, {{x, a}}, scaling[0]);
     return s;
   }
   int64_t start = 0;
@@ -75,9 +75,7 @@ inline Tensors matmul(const Tensor& x, const Tensor& s, const Tensors& weights, 
     const Tensor weight = row_or_column_major(weights[i]), b = in_dtype(lora_b[i], ScalarType::BFloat16);
     const Tensor bias = biases.empty() ? x : as_contiguous(biases[i]);
     ys.push_back(new_tensor({x.size(0), weight.size(0)}, ScalarType::BFloat16));
-    gemm(ys.back(),
-         {gemm_term(x, transposed(weight)), gemm_term(columns_of(s, start, b.size(1)), transposed(b))}, 1.0,
-         biases.empty() ? nullptr : &bias);
+    gemm_linear(ys.back(), {{x, weight}, {columns_of(s, start, b.size(1)), b}}, 1.0, biases.empty() ? nullptr : &bias);
     start += b.size(1);
   }
   return ys;

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forge_core.kernels import decode_attention
+
 from .config import ModelConfig
 from .decoder import Attention, PackedAttend
 
@@ -15,15 +17,13 @@ _GRANULE = 64  # tokens; capacity is a multiple of it
 class KVCache:
     """Storage for `rows` sequences that grows with the longest; the sequences in use are always rows 0..n-1.
 
-    `keys[layer]` and `values[layer]` are contiguous [rows, kv_heads, capacity, head_dim] (batched matmuls of a strided
-    slice would copy it); token i of a sequence lies at i. Keys are float32 for 16-bit models: the scores are then not
-    rounded to 16 bits before the softmax.
+    `keys[layer]` and `values[layer]` are contiguous [rows, kv_heads, capacity, head_dim]; token i of a sequence lies
+    at i.
     """
 
     def __init__(self, config: ModelConfig, rows: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (rows, config.num_kv_heads, 0, config.head_dim)
-        wide = torch.promote_types(dtype, torch.float32)
-        self.keys = [torch.zeros(shape, dtype=wide, device=device) for _ in range(config.num_layers)]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.capacity = 0
 
@@ -36,12 +36,11 @@ class KVCache:
         self.capacity += added
         for stores in (self.keys, self.values):
             for layer, store in enumerate(stores):
-                # Zeros: masked places still enter the product with the values, and 0 * NaN would be NaN.
                 stores[layer] = F.pad(store, (0, 0, 0, added))
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [tokens, kv_heads, head_dim] at the given row and position of each token."""
-        self.keys[layer][rows, :, positions] = k.to(self.keys[layer].dtype)
+        self.keys[layer][rows, :, positions] = k
         self.values[layer][rows, :, positions] = v
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -75,34 +74,17 @@ class DecodeAttend:
     def __init__(self, cache: KVCache, positions: Tensor) -> None:
         self.cache, self.positions = cache, positions
         self.rows = torch.arange(positions.shape[0], device=positions.device)
-        self._masks: dict[int | None, Tensor] = {}
+        self.lengths = positions + 1
 
     def __call__(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `decoder.Attend`."""
         self.cache.write(attention.index, self.rows, self.positions, k, v)
-        count, batch = q.shape[0], q.shape[0] * attention.num_kv_heads
-        # The query heads that share a key head stand where a prompt's tokens would: no copies of the keys.
-        queries = q.reshape(batch, -1, attention.head_dim)
-        keys = self.cache.keys[attention.index][:count].flatten(0, 1)
-        values = self.cache.values[attention.index][:count].flatten(0, 1)
-        mask = self._mask(attention, keys.dtype)
-        if attention.softcap is None:
-            scores = torch.baddbmm(mask, queries.to(keys.dtype), keys.transpose(1, 2), alpha=attention.scale)
-        else:
-            scores = torch.bmm(queries.to(keys.dtype), keys.transpose(1, 2)) * (attention.scale / attention.softcap)
-            scores = attention.softcap * torch.tanh(scores) + mask
-        probabilities = torch.softmax(scores, dim=-1).to(values.dtype)
-        return torch.bmm(probabilities, values).view(q.shape)
-
-    def _mask(self, attention: Attention, dtype: torch.dtype) -> Tensor:
-        """0 where a key is visible, -inf where not, [n * kv_heads, 1, capacity]; one per window, not one per layer."""
-        window = attention.window
-        if window not in self._masks:
-            index = torch.arange(self.cache.capacity, device=self.positions.device)
-            positions = self.positions[:, None]
-            hidden = index > positions
-            if window is not None:
-                hidden |= index <= positions - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self._masks[window] = mask.repeat_interleave(attention.num_kv_heads, dim=0)[:, None]
-        return self._masks[window]
+        return decode_attention(
+            q,
+            self.cache.keys[attention.index],
+            self.cache.values[attention.index],
+            self.lengths,
+            window=attention.window,
+            softcap=attention.softcap,
+            scale=attention.scale,
+        )

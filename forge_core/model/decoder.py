@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from forge_core.kernels import packed_attention, rope, swiglu
+from forge_core.kernels import frozen_linear, packed_attention, rope, swiglu
 
 from .config import ModelConfig
 from .layers import Embedding, Linear, RMSNorm, project
@@ -241,7 +241,9 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab], with the final soft cap where the architecture has one."""
-        logits = F.linear(hidden, self.lm_head_weight)
+        head = self.lm_head_weight
+        trained = torch.is_grad_enabled() and head.requires_grad
+        logits = F.linear(hidden, head) if trained else frozen_linear(hidden, [head])[0]
         cap = self.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forge_core.kernels import add_rms_norm, lora_linear, rms_norm
+from forge_core.kernels import add_rms_norm, frozen_linear, lora_linear, rms_norm
 
 
 class Linear(nn.Module):
@@ -56,29 +56,38 @@ def project(x: Tensor, linears: Sequence[Linear], dropout_seed: int | None = Non
         One [..., out_i] per layer.
     """
     adapted = [linear for linear in linears if linear.adapter_active]
+    plain = [linear for linear in linears if not linear.adapter_active]
+    results = dict(zip(plain, _plain(x, plain), strict=True))
     if not adapted:
-        return tuple(F.linear(x, linear.weight, linear.bias) for linear in linears)
+        return tuple(results.values())
     lora_a = [linear.lora_A.weight for linear in adapted if linear.lora_A is not None]
     lora_b = [linear.lora_B.weight for linear in adapted if linear.lora_B is not None]
     first = adapted[0]
     dropout = first.dropout if dropout_seed is not None else 0.0
     seed = dropout_seed if dropout > 0.0 else None
     if len(adapted) == 1:
-        result = lora_linear(
+        results[first] = lora_linear(
             x, first.weight, lora_a[0], lora_b[0],
             scaling=first.scaling, bias=first.bias, dropout_p=dropout, dropout_seed=seed,
         )  # fmt: skip
-        results = {first: result}
     else:
         bias = [linear.bias for linear in adapted] if any(linear.bias is not None for linear in adapted) else None
         grouped = lora_linear(
             x, [linear.weight for linear in adapted], lora_a, lora_b,
             scaling=first.scaling, bias=bias, dropout_p=dropout, dropout_seed=seed,
         )  # fmt: skip
-        results = dict(zip(adapted, grouped, strict=True))
-    return tuple(
-        results[linear] if linear in results else F.linear(x, linear.weight, linear.bias) for linear in linears
-    )
+        results.update(zip(adapted, grouped, strict=True))
+    return tuple(results[linear] for linear in linears)
+
+
+def _plain(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    if not linears:
+        return ()
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    parameters = [*weights, *(bias for bias in biases if bias is not None)]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return frozen_linear(x, weights, biases)
 
 
 class LowRank(nn.Module):

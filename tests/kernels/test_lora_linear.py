@@ -26,6 +26,8 @@ SIZES = [
     (300, 65, (40, 129), (4, 40)),
     (0, 8, (4, 6), (2, 1)),
 ]
+# Besides, on a CPU: depths of more than one block (2048) with few and with many tokens.
+DEEP_SIZES = [(40, 4130, (2070,), (6,)), (100, 31, (2070, 20), (5, 2))]
 # Besides, on a GPU: several tiles of the large matmul and their edges, ranks of one and two steps of it, and four
 # projections, which no launch takes at once.
 LARGE_SIZES = [
@@ -110,6 +112,17 @@ def test_matches_reference(backend: Backend, size: tuple, dtypes: tuple, bias: b
         lambda x, w, a, b, c=None: _reference(x, w, a, b, c, p=p),
         _inputs(size, dtypes, bias),
         device=backend.device,
+    )
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("size", DEEP_SIZES)
+@pytest.mark.parametrize(("bias", "p"), [(True, 0.0), (True, 0.3)])
+def test_deep_matches_reference(size: tuple, dtypes: tuple, bias: bool, p: float) -> None:
+    check_op(
+        lambda x, w, a, b, c=None: _ours(x, w, a, b, c, p=p, backend="cpp"),
+        lambda x, w, a, b, c=None: _reference(x, w, a, b, c, p=p),
+        _inputs(size, dtypes, bias),
     )
 
 

@@ -125,6 +125,7 @@ struct Piece {
   int64_t lda;
   const uint32_t* packed;
   int64_t pairs;
+  int64_t ahead;  // elements from a to what is read next and is not in the cache yet; 0: it is
 };
 
 // tile [R, kGemmColumns] (+)= the products of all pieces, for 16 * V columns.
@@ -138,9 +139,15 @@ void block(const Piece* pieces, int64_t count, float* tile, bool accumulate) {
   }
   for (int64_t i = 0; i < count; ++i) {
     const bf16* a = pieces[i].a;
-    const int64_t lda = pieces[i].lda, pairs = pieces[i].pairs;
+    const int64_t lda = pieces[i].lda, pairs = pieces[i].pairs, ahead = pieces[i].ahead;
     const uint32_t* packed = pieces[i].packed;
     for (int64_t pair = 0; pair < pairs; ++pair) {
+      if (pair % 16 == 0 && ahead != 0) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          _mm_prefetch(reinterpret_cast<const char*>(a + ahead + r * lda + 2 * pair), _MM_HINT_T0);
+        }
+      }
       __m512bh columns[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(packed + (pair * V + v) * 16);
@@ -184,22 +191,23 @@ void add_kept(const float* tile, KeepBits keep, float scale, int64_t first, int6
 }
 
 // Scales, adds the bias, rounds and writes rows x columns of C.
-void finish(const GemmProblem& p, float* tile, int64_t row, int64_t rows, int64_t column,
-                              int64_t columns) {
+void finish(const GemmProblem& p, const float* tile, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  bf16 rounded[kGemmMaxRows * kGemmColumns];
+  float exact[kGemmMaxRows * kGemmColumns];
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < columns; j += 16) {
       const __mmask16 valid = static_cast<__mmask16>(low_bits(smaller(columns - j, 16)));
       __m512 x = _mm512_mul_ps(_mm512_loadu_ps(tile + r * kGemmColumns + j), _mm512_set1_ps(p.scale));
-      if (p.bias != nullptr) {
+      if (p.bias != nullptr && p.bias_of_rows) x = _mm512_add_ps(x, _mm512_set1_ps(to_float(p.bias[row + r])));
+      if (p.bias != nullptr && !p.bias_of_rows) {
         const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p.bias + column + j));
         x = _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
       }
-      if (p.c_transposed) {
-        _mm512_storeu_ps(tile + r * kGemmColumns + j, x);
-      } else if (p.c_float) {
-        _mm512_mask_storeu_ps(static_cast<float*>(p.c) + (row + r) * p.ldc + column + j, valid, x);
+      const int64_t in_tile = r * kGemmColumns + j, in_c = (row + r) * p.ldc + column + j;
+      if (p.c_float) {
+        _mm512_mask_storeu_ps(p.c_transposed ? exact + in_tile : static_cast<float*>(p.c) + in_c, valid, x);
       } else {
-        _mm256_mask_storeu_epi16(static_cast<bf16*>(p.c) + (row + r) * p.ldc + column + j, valid,
+        _mm256_mask_storeu_epi16(p.c_transposed ? rounded + in_tile : static_cast<bf16*>(p.c) + in_c, valid,
                                  (__m256i)_mm512_cvtneps_pbh(x));
       }
     }
@@ -207,13 +215,10 @@ void finish(const GemmProblem& p, float* tile, int64_t row, int64_t rows, int64_
   if (!p.c_transposed) return;
   for (int64_t j = 0; j < columns; ++j) {
     const int64_t at = (column + j) * p.ldc + row;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float x = tile[r * kGemmColumns + j];
-      if (p.c_float) {
-        static_cast<float*>(p.c)[at + r] = x;
-      } else {
-        static_cast<bf16*>(p.c)[at + r] = from_float<bf16>(x);
-      }
+    if (p.c_float) {
+      for (int64_t r = 0; r < rows; ++r) static_cast<float*>(p.c)[at + r] = exact[r * kGemmColumns + j];
+    } else {
+      for (int64_t r = 0; r < rows; ++r) static_cast<bf16*>(p.c)[at + r] = rounded[r * kGemmColumns + j];
     }
   }
 }
@@ -260,6 +265,7 @@ void run(const GemmProblem& p, int64_t begin, int64_t end, char* scratch) {
   bf16* staged = reinterpret_cast<bf16*>(product + kGemmMaxRows * kGemmColumns);
   Position all;
   next_round(p, all);
+  const int64_t panels = (p.columns + kGemmColumns - 1) / kGemmColumns;
   const bool single = all.term == p.term_count;  // then the sums of one block at a time are kept, and B stays packed
   int64_t packed_panel = -1;
   for (int64_t task = begin; task < end; ++task) {
@@ -286,7 +292,7 @@ void run(const GemmProblem& p, int64_t begin, int64_t end, char* scratch) {
           const auto& piece = round.pieces[i];
           const GemmTerm& term = *piece.term;
           pieces[i] = {term.a + row * term.lda + piece.from, term.lda, packed + piece.packed * 16 * vectors,
-                       (piece.depth + 1) / 2};
+                       (piece.depth + 1) / 2, panels == 1 ? block_rows * term.lda : 0};
           if (rows < block_rows || piece.depth % 2 != 0 || term.keep_a != nullptr) {
             const int64_t stride = 2 * pieces[i].pairs;
             stage(term, row, rows, block_rows, piece.from, piece.depth, room, stride);
@@ -310,41 +316,48 @@ void run(const GemmProblem& p, int64_t begin, int64_t end, char* scratch) {
   }
 }
 
-// 16 Philox4x32-10 counters (Salmon et al., SC 2011) at a time: 64 random words, one word of bits.
-void keep_bits(uint64_t* bits, int64_t begin, int64_t end, uint64_t seed, uint32_t stream,
-                                 uint32_t lowest_kept) {
+// The random words of 8 Philox4x32-10 counters (Salmon et al., SC 2011) as bits; each word in the low half of a lane of
+// 64 bits, where the multiplication wants it and leaves high and low word of the product.
+inline uint32_t keep_8_counters(uint64_t counter, const __m512i* keys, __m512i stream, __m512i threshold) {
   const __m512i multiplier0 = _mm512_set1_epi64(0xD2511F53), multiplier2 = _mm512_set1_epi64(0xCD9E8D57);
-  const __m512i threshold = _mm512_set1_epi32(static_cast<int>(lowest_kept));
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  // The counter is a multiple of 8: adding the lane never carries into its high half.
+  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(counter & 0xffffffffu)),
+                                _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+  __m512i c1 = _mm512_set1_epi64(static_cast<int64_t>(counter >> 32)), c2 = stream, c3 = _mm512_setzero_si512();
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const __m512i product0 = _mm512_mul_epu32(c0, multiplier0), product2 = _mm512_mul_epu32(c2, multiplier2);
+    // a ^ b ^ c; the high halves of the lanes hold whatever was there.
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product2, 32), c1, keys[2 * round], 0x96);
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3, keys[2 * round + 1], 0x96);
+    c1 = product2;
+    c3 = product0;
+  }
+  uint32_t bits = 0;
+  const __m512i words[4] = {c0, c1, c2, c3};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __mmask8 kept = _mm512_cmpge_epu64_mask(_mm512_slli_epi64(words[i], 32), threshold);
+    bits |= _pdep_u32(kept, 0x11111111u << i);
+  }
+  return bits;
+}
+
+void keep_bits(uint64_t* bits, int64_t begin, int64_t end, uint64_t seed, uint32_t stream, uint32_t lowest_kept) {
+  __m512i keys[20];
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    keys[2 * round] = _mm512_set1_epi64(key0);
+    keys[2 * round + 1] = _mm512_set1_epi64(key1);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  const __m512i streams = _mm512_set1_epi64(stream);
+  const __m512i threshold = _mm512_set1_epi64(static_cast<int64_t>(static_cast<uint64_t>(lowest_kept) << 32));
   for (int64_t word = begin; word < end; ++word) {
-    // 16 * word has its low four bits clear: adding the lane never carries into the high half.
     const uint64_t counter = 16 * static_cast<uint64_t>(word);
-    __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(counter))), lane);
-    __m512i c1 = _mm512_set1_epi32(static_cast<int>(counter >> 32));
-    __m512i c2 = _mm512_set1_epi32(static_cast<int>(stream)), c3 = _mm512_setzero_si512();
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      // 32 x 32 -> 64 bits exists for the even lanes only: once as they are, once shifted.
-      const __m512i even0 = _mm512_mul_epu32(c0, multiplier0);
-      const __m512i odd0 = _mm512_mul_epu32(_mm512_srli_epi64(c0, 32), multiplier0);
-      const __m512i even2 = _mm512_mul_epu32(c2, multiplier2);
-      const __m512i odd2 = _mm512_mul_epu32(_mm512_srli_epi64(c2, 32), multiplier2);
-      const __m512i high0 = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even0, 32), odd0);
-      const __m512i high2 = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even2, 32), odd2);
-      const __m512i low0 = _mm512_mask_blend_epi32(0xaaaa, even0, _mm512_slli_epi64(odd0, 32));
-      const __m512i low2 = _mm512_mask_blend_epi32(0xaaaa, even2, _mm512_slli_epi64(odd2, 32));
-      const __m512i k0 = _mm512_set1_epi32(static_cast<int>(key0)), k1 = _mm512_set1_epi32(static_cast<int>(key1));
-      c0 = _mm512_ternarylogic_epi32(high2, c1, k0, 0x96);  // a ^ b ^ c
-      c2 = _mm512_ternarylogic_epi32(high0, c3, k1, 0x96);
-      c1 = low2;
-      c3 = low0;
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
-    bits[word] = _pdep_u64(_mm512_cmpge_epu32_mask(c0, threshold), 0x1111111111111111u) |
-                 _pdep_u64(_mm512_cmpge_epu32_mask(c1, threshold), 0x2222222222222222u) |
-                 _pdep_u64(_mm512_cmpge_epu32_mask(c2, threshold), 0x4444444444444444u) |
-                 _pdep_u64(_mm512_cmpge_epu32_mask(c3, threshold), 0x8888888888888888u);
+    const uint64_t low = keep_8_counters(counter, keys, streams, threshold);
+    bits[word] = low | static_cast<uint64_t>(keep_8_counters(counter + 8, keys, streams, threshold)) << 32;
   }
 }
 
