@@ -4,7 +4,8 @@
 "gluon": lora_linear_hopper.py, sm_90 only. "triton 128x256x64 ...": lora_linear_gemm.py with that tile.
 """
 
-from functools import partial
+import warnings
+from functools import cache, partial
 
 import torch
 import triton
@@ -42,9 +43,20 @@ def ways(o: Operands, capability: tuple[int, int]) -> list[str]:
     tma = all(_tma_can_read(t) for t in tensors) and o.shape[1] % 8 == 0
     names = [str(config) for config in configs if tma or not config.tma]
     ranks_fit = all(rank % 16 == 0 for rank in o.ranks)
-    if architecture == 90 and tma and ranks_fit and all(_tma_can_read(t) for t in (o.s, *o.bs)):
+    if architecture == 90 and _gluon_installed() and tma and ranks_fit and all(_tma_can_read(t) for t in (o.s, *o.bs)):
         names.append("gluon")
     return ["cublas", *names]
+
+
+@cache
+def _gluon_installed() -> bool:
+    # An experimental part of Triton, whose names change between its versions.
+    try:
+        from . import lora_linear_hopper  # noqa: F401
+    except ImportError as error:
+        warnings.warn(f"gluon: not used: Triton {triton.__version__} has another interface: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _tma_can_read(t: Tensor) -> bool:

@@ -6,6 +6,7 @@ another one.
 """
 
 import json
+import math
 import os
 import statistics
 import warnings
@@ -14,8 +15,12 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
+from triton.errors import TritonError
 
+Way = Callable[[], Tensor]
 ROUNDS = 7
+AGREE = 2**-5  # of the largest value: several roundings to bfloat16, far less than a wrong tile
 MARGIN = 0.99  # of the default's time; below that another way replaces it
 
 _choices: dict[str, str] | None = None
@@ -23,15 +28,15 @@ _choices: dict[str, str] | None = None
 
 def choose(
     key: str,
-    ways: dict[str, Callable[[], object]],
+    ways: dict[str, Way],
     default: str,
-    time: Callable[[dict[str, Callable[[], object]]], dict[str, float]] | None = None,
+    time: Callable[[dict[str, Way]], dict[str, float]] | None = None,
 ) -> str:
     """The fastest of `ways` for `key`: remembered, or measured now.
 
     Args:
         key: what the choice depends on, besides the GPU and the versions of torch and Triton.
-        ways: each computes the result in one way; they must have no other effect.
+        ways: each computes the result in one way; they must have no other effect. See `usable`.
         default: used where tuning is off, and while a CUDA graph is captured; kept unless another way is 1 % faster.
         time: measures the ways in seconds; by default CUDA events on the current stream.
     """
@@ -43,22 +48,48 @@ def choose(
         key = f"{torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__} {key}"
     known = _known()
     if known.get(key) not in ways:
-        seconds = (time or _time)(ways)
+        candidates = usable(ways, default)
+        if not candidates:
+            return default
+        seconds = (time or _time)(candidates)
         best = min(seconds, key=lambda way: seconds[way])
         known[key] = best if seconds[best] < MARGIN * seconds.get(default, float("inf")) else default
         _save(known)
     return known[key]
 
 
-def _time(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    # Interleaved rounds after one warm-up each; medians.
-    samples: dict[str, list[float]] = {}
+def usable(ways: dict[str, Way], default: str) -> dict[str, Way]:
+    """The ways that run here and agree with the default; one that does not is named in a warning and left out.
+
+    None at all where the result is not finite: nothing can be compared with it.
+    """
+    expected = ways[default]()
+    scale = _largest(expected)
+    if not math.isfinite(scale):
+        return {}
+    found = {default: ways[default]}
     for way, run in ways.items():
+        if way == default:
+            continue
         try:
-            run()
-            samples[way] = []
-        except triton.runtime.errors.OutOfResources as error:
-            warnings.warn(f"{way}: not timed, it does not fit this GPU: {error}", stacklevel=2)
+            difference = _largest(run() - expected)
+        except TritonError as error:  # does not compile for this GPU, or wants more than it has
+            warnings.warn(f"{way}: not used: {error}", stacklevel=2)
+            continue
+        if difference <= AGREE * scale:
+            found[way] = run
+        else:
+            warnings.warn(f"{way}: not used, its result is off by up to {difference:.3g}", stacklevel=2)
+    return found
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
+def _time(ways: dict[str, Way]) -> dict[str, float]:
+    # Interleaved rounds; every way has run before. Medians.
+    samples: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way in samples:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -12,10 +12,13 @@ from forge_core.kernels import library
 if not library.TRITON_INSTALLED:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from triton.runtime.errors import OutOfResources
+
 from forge_core.kernels.gpu import lora_linear_choice, tuning
 from forge_core.kernels.gpu.lora_linear_gemm import Operands
 
-WAYS = {"slow": lambda: None, "fast": lambda: None}
+ONE = torch.ones(4)
+WAYS = {"slow": lambda: ONE, "fast": lambda: ONE * 1.01}
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,17 @@ def test_a_remembered_way_that_is_gone_is_measured_again(cache: Path) -> None:
     assert json.loads(cache.read_text()) == {"key": "fast", "kept": "x"}
 
 
+def test_ways_that_fail_or_disagree_are_left_out() -> None:
+    def broken() -> torch.Tensor:
+        raise OutOfResources(300, 227, "shared memory")
+
+    ways = WAYS | {"broken": broken, "wrong": lambda: ONE * 1.1, "nan": lambda: ONE * float("nan")}
+    with pytest.warns(UserWarning) as warned:
+        assert set(tuning.usable(ways, "slow")) == {"slow", "fast"}
+    assert tuning.usable({"slow": ways["nan"], "fast": ways["fast"]}, "slow") == {}
+    assert [str(w.message).split(",")[0].split(": ")[0] for w in warned] == ["broken", "wrong", "nan"]
+
+
 def test_files_that_cannot_be_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.parent.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match=r"tuning\.json: choices are not kept"):
@@ -62,7 +76,7 @@ def test_files_that_cannot_be_used(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_off_and_alone_take_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     time = mock.Mock()
-    assert tuning.choose("key", {"only": lambda: None}, "only", time) == "only"
+    assert tuning.choose("key", {"only": lambda: ONE}, "only", time) == "only"
     monkeypatch.setenv("FORGE_TUNING", "off")
     assert tuning.choose("key", WAYS, "slow", time) == "slow"
     assert not time.called
