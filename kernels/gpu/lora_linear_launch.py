@@ -1,5 +1,6 @@
 """Launchers of lora_linear's skinny kernels: tile sizes, how a pass is cut into programs, the sums of their parts."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -138,7 +139,7 @@ def expand_backward(
             column += rank
         return
     tokens, outs = s.shape[0], [dy.shape[1] for dy in dys]
-    block_m, block_n = 32, 512 if s.element_size() == 2 else 32
+    block_m, block_n = 32, 32 if s.element_size() != 2 else 512 if _shared(s.device) > 100 * 1024 else 256
     column_panels = [triton.cdiv(out, block_n) for out in outs]
     panels, rows = _row_panels(sum(column_panels), tokens, block_m, max(ranks), s)
     ds_size = sum(c * tokens * rank for c, rank in zip(column_panels, ranks, strict=True))
@@ -185,8 +186,17 @@ def _depth(ranks: list[int], words: Tensor | None) -> int:
 
 
 def _stages(depth: int, width: int, ranks: list[int], x: Tensor) -> int:
-    # Tiles in flight, depth x (width + ranks) each: four, where that leaves some of the least shared memory, 163 KiB.
-    return max(2, min(4, 140 * 1024 // (depth * (width + sum(map(padded_rank, ranks))) * x.element_size())))
+    # Tiles in flight, depth x (width + ranks) each: four, where that leaves some of the shared memory.
+    return max(2, min(4, _shared(x.device) // (depth * (width + sum(map(padded_rank, ranks))) * x.element_size())))
+
+
+@functools.cache
+def _shared(device: torch.device) -> int:
+    # Bytes for tiles in flight: those of an A100 at most, for which the kernels are compiled ahead of time; GPUs for
+    # workstations have 99 KiB a program.
+    if device.type != "cuda":
+        return 140 * 1024
+    return min(140 * 1024, torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 23 * 1024)
 
 
 def _row_panels(column_panels: int, rows: int, block: int, rank: int, like: Tensor) -> tuple[int, int]:
