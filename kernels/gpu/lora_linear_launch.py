@@ -196,7 +196,9 @@ def _shared(device: torch.device) -> int:
     # workstations have 99 KiB a program.
     if device.type != "cuda":
         return 140 * 1024
-    return min(140 * 1024, torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 23 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    # The attribute is missing from torch's type stubs.
+    return min(140 * 1024, getattr(properties, "shared_memory_per_block_optin", 99 * 1024) - 23 * 1024)
 
 
 def _row_panels(column_panels: int, rows: int, block: int, rank: int, like: Tensor) -> tuple[int, int]:
