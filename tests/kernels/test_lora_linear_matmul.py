@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forge_core.kernels import library, reference
+from forge_core.kernels import library, lora_linear, reference
 from tests.backends import Backend, backends
 from tests.tolerance import assert_as_accurate
 
@@ -62,3 +62,34 @@ def test_every_way(backend: Backend, nt: bool, reductions: tuple, ranks: tuple, 
         results = {way: matmul(operands, way) for way in ways(operands, torch.cuda.get_device_capability())}
     for way, result in results.items():
         assert_as_accurate(way, result.cpu(), expected(torch.float32).bfloat16(), expected(torch.float64))
+
+
+@pytest.mark.parametrize("backend", backends("lora_linear", gpu_only=True))
+def test_a_cuda_graph_replays_with_new_inputs_and_seed(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_TUNING", "off")  # nothing is timed inside a capture: the same way inside and outside
+    torch.manual_seed(0)
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = [(torch.randn(n, 256, device="cuda") / 16).bfloat16() for n in (512, 128)]
+    a = [(torch.randn(16, 256, device="cuda") / 16).requires_grad_() for _ in weights]
+    b = [(torch.randn(n, 16, device="cuda") / 4).requires_grad_() for n in (512, 128)]
+    dys = [torch.randn(300, n, device="cuda", dtype=torch.bfloat16) for n in (512, 128)]
+    seed = torch.tensor(1, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        ys = lora_linear(x, weights, a, b, scaling=2.0, dropout_p=0.2, dropout_seed=seed, backend=backend.name)
+        return (*ys, *torch.autograd.grad(ys, [x, *a, *b], dys))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for new_seed in (1, 2):
+        with torch.no_grad():
+            x.normal_()
+        seed.fill_(new_seed)
+        graph.replay()
+        assert all(torch.equal(p, q) for p, q in zip(captured, step(), strict=True))
