@@ -6,8 +6,8 @@ from forge_core.kernels import decode_attention, packed_attention, reference
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
-# sequences, rows of the cache, q_heads, kv_heads, capacity, d: one of everything, odd sizes, grouped heads, the unrolled
-# head dimensions, more rows than sequences.
+# sequences, rows of the cache, q_heads, kv_heads, capacity, d: one of everything, odd sizes, grouped heads, the
+# unrolled head dimensions, more rows than sequences.
 SIZES = [(1, 1, 1, 1, 1, 4), (3, 3, 4, 2, 19, 17), (5, 7, 9, 3, 70, 64), (2, 4, 8, 1, 130, 128)]
 VARIANTS = [{}, {"window": 5}, {"softcap": 3.0, "scale": 0.3}]
 
