@@ -165,14 +165,16 @@ class PackPlan:
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        window = self.window or 0
         object.__setattr__(self, "cu_seqlens", cu_seqlens)
-        object.__setattr__(
-            self, "forward", _data.make_tiles(cu_seqlens, self.q_tile, self.kv_tile, self.causal, window, False)
-        )
-        object.__setattr__(
-            self, "backward", _data.make_tiles(cu_seqlens, self.kv_tile, self.q_tile, self.causal, window, True)
-        )
+        own = {"causal": self.causal, "window": self.window}
+        object.__setattr__(self, "forward", self.tiles(self.q_tile, self.kv_tile, backward=False, **own))
+        object.__setattr__(self, "backward", self.tiles(self.kv_tile, self.q_tile, backward=True, **own))
+
+    def tiles(
+        self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None
+    ) -> NDArray[np.int32]:
+        """A list as `forward` or `backward` for other tile sizes, causality and window; int32 [tiles, 8]."""
+        return _data.make_tiles(self.cu_seqlens, row_tile, col_tile, causal, window or 0, backward)
 
     @property
     def tokens(self) -> int:

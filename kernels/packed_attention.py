@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .gpu.attention_tiles import max_group, tile_lists
+from .library import register_op
 from .pack import PackPlan
-from .registry import Op, cpp_reasons, no_reasons
+from .registry import Op, cpp_reasons, no_reasons, triton_reasons
 
 OP = Op("packed_attention")
 
@@ -35,13 +37,14 @@ def packed_attention(
         cu_seqlens: int32 [documents + 1]: document i is rows `cu_seqlens[i]:cu_seqlens[i + 1]`. Starts at 0 and never
             decreases; empty documents are legal. Rows from `cu_seqlens[-1]` on are never read and come back zero, with
             zero gradients.
-        plan: PackPlan of these cu_seqlens, made once per pack; without it the op makes its own list of tiles. The
-            plan's causal and window only decide which tiles start first: one plan serves layers of several windows.
+        plan: PackPlan of these cu_seqlens, made once per pack; without it the op makes its own list of tiles: on a GPU
+            by some thirty small kernels, once a call. Any plan serves: its tile sizes, causal and window only decide
+            which tiles start first ("cpp") or are replaced ("triton", which uploads it at its first use).
         causal: query i of a document sees keys j <= i; otherwise all of them.
         window: query i sees only keys with i - window < j <= i (causal) or |i - j| < window; >= 1.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2, arXiv 2408.00118); > 0.
         scale: factor of q k^T; default `d ** -0.5`.
-        backend: "auto" tries "cpp" (CPU), then "reference".
+        backend: "auto" tries "cpp" (CPU), "triton", then "reference".
 
     Returns:
         [tokens, q_heads, d], dtype of q.
@@ -56,8 +59,7 @@ def packed_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    run = OP.select(backend, q, k, v)
-    return run(q, k, v, cu_seqlens, plan, causal, window, softcap, scale)
+    return OP.select(backend, q, k, v)(q, k, v, cu_seqlens, plan, causal, window, softcap, scale)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -98,6 +100,36 @@ def _run_cpp(
     return torch.ops.forge.packed_attention(q, k, v, cu_seqlens, tiles, causal, window or 0, softcap or 0.0, scale)[0]
 
 
+def _run_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    if scale < 0:  # the kernels take the largest logit from the largest product
+        q, scale = -q, -scale
+    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window)
+    return torch.ops.forge_triton.packed_attention(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale)[0]
+
+
+def _triton_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    reasons = triton_reasons(q, k, v)
+    if q.shape[2] > 256:
+        reasons.append(f"takes head dimensions up to 256, got {q.shape[2]}")
+    elif not reasons and q.shape[1] // k.shape[1] > max_group(q):
+        reasons.append(
+            f"takes up to {max_group(q)} query heads to a key/value head here, got {q.shape[1] // k.shape[1]}"
+        )
+    if q.shape[0] * q.shape[1] >= 2**31:
+        reasons.append(f"takes fewer than 2^31 rows, got {q.shape[0]} tokens of {q.shape[1]} heads")
+    return reasons
+
+
 def _run_reference(
     q: Tensor,
     k: Tensor,
@@ -113,10 +145,10 @@ def _run_reference(
 
 
 OP.register("cpp", _run_cpp, cpp_reasons)
+OP.register("triton", _run_triton, _triton_reasons)
 OP.register("reference", _run_reference, no_reasons)
 
 
-@torch.library.register_fake("forge::packed_attention")
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -131,7 +163,6 @@ def _fake(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float64)
 
 
-@torch.library.register_fake("forge::packed_attention_backward")
 def _fake_backward(
     dout: Tensor,
     q: Tensor,
@@ -153,9 +184,46 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
-    gradients = torch.ops.forge.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+def _backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
+    gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
     return *gradients, None, None, None, None, None, None
 
 
-torch.library.register_autograd("forge::packed_attention", _backward, setup_context=_setup_context)
+register_op("packed_attention", _fake, _backward, _setup_context)
+register_op("packed_attention_backward", _fake_backward)
+
+
+# The Triton ops take the tile lists of their three kernels, and keep the output for the backward pass.
+_TILES = "Tensor dq_tiles, Tensor dkdv_tiles, bool causal, int window, float softcap, float scale"
+
+
+def _fake_triton(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    parts = 2 if q.dtype == torch.float32 else 1
+    lse = q.new_empty((parts, k.shape[1], q.shape[0] * (q.shape[1] // k.shape[1])), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+def _fake_triton_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_triton_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _triton_backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
+    gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None, None, None, None
+
+
+register_op(
+    "packed_attention", _fake_triton, _triton_backward, _setup_triton_context, gpu="packed_attention",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, {_TILES}) -> (Tensor, Tensor)",
+)  # fmt: skip
+register_op(
+    "packed_attention_backward", _fake_triton_backward, gpu="packed_attention",
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_TILES}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip

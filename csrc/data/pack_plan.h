@@ -48,9 +48,29 @@ inline Range visible_queries(std::int64_t j, std::int64_t length, const TileOpti
           std::min<std::int64_t>(length, j + reach)};
 }
 
-template <typename Visible>
+// Visible pairs of the rows before `row`, in closed form: a difference of two is the area of a tile.
+inline std::int64_t triangle(std::int64_t n) { return n > 0 ? n * (n + 1) / 2 : 0; }
+
+// Sum over i < row of min(length, i + reach).
+inline std::int64_t sum_of_ends(std::int64_t row, std::int64_t length, std::int64_t reach) {
+  const std::int64_t short_of_length = std::max<std::int64_t>(0, length - reach);
+  const std::int64_t shorter = std::min(row, short_of_length);
+  return row * length - shorter * short_of_length + triangle(shorter - 1);
+}
+
+inline std::int64_t keys_before(std::int64_t row, std::int64_t length, const TileOptions& options) {
+  const std::int64_t reach = options.window > 0 ? options.window : length;
+  return (options.causal ? triangle(row) : sum_of_ends(row, length, reach)) - triangle(row - reach);
+}
+
+inline std::int64_t queries_before(std::int64_t row, std::int64_t length, const TileOptions& options) {
+  const std::int64_t reach = options.window > 0 ? options.window : length;
+  return sum_of_ends(row, length, reach) - triangle(options.causal ? row - 1 : row - reach);
+}
+
+template <typename Visible, typename PairsBefore>
 std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t documents, const TileOptions& options,
-                             Visible visible) {
+                             Visible visible, PairsBefore pairs_before) {
   std::vector<Tile> tiles;
   for (std::int64_t d = 0; d < documents; ++d) {
     const std::int64_t base = cu_seqlens[d];
@@ -66,11 +86,7 @@ std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t docume
       const std::int64_t full_start = (last.first + tile - 1) / tile * tile;
       const std::int64_t inner = std::min(first.last, last.last);
       const std::int64_t full_end = inner == length ? inner : inner / tile * tile;
-      std::int64_t area = 0;
-      for (std::int64_t i = row; i < end; ++i) {
-        const Range seen = visible(i, length, options);
-        area += seen.last - seen.first;
-      }
+      const std::int64_t area = pairs_before(end, length, options) - pairs_before(row, length, options);
       const bool any_full = full_start < full_end;
       tiles.push_back({static_cast<std::int32_t>(d), static_cast<std::int32_t>(base + row),
                        static_cast<std::int32_t>(base + end), static_cast<std::int32_t>(base + col_start),
@@ -91,13 +107,13 @@ std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t docume
 // Query tiles with the keys they read.
 inline std::vector<Tile> forward_tiles(const std::int32_t* cu_seqlens, std::int64_t documents,
                                        const TileOptions& options) {
-  return detail::make_tiles(cu_seqlens, documents, options, detail::visible_keys);
+  return detail::make_tiles(cu_seqlens, documents, options, detail::visible_keys, detail::keys_before);
 }
 
 // Key tiles with the queries that read them: dK and dV without atomics.
 inline std::vector<Tile> backward_tiles(const std::int32_t* cu_seqlens, std::int64_t documents,
                                         const TileOptions& options) {
-  return detail::make_tiles(cu_seqlens, documents, options, detail::visible_queries);
+  return detail::make_tiles(cu_seqlens, documents, options, detail::visible_queries, detail::queries_before);
 }
 
 }  // namespace forge::data_plane

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,8 +7,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import PackPlan, packed_attention, reference
+from forge_core.kernels.gpu.attention_tiles import tile_lists
+from tests.backends import Backend, backends
 from tests.tolerance import check_op
 
+BACKENDS = backends("packed_attention")
+TRITON = [backend for backend in BACKENDS if backend.values[0].name == "triton"]
+CPP = Backend("cpp", "cpu")
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 DTYPES = [torch.float32, torch.bfloat16]
 # A tail of 3 rows after the last document; zero-length documents at the start, inside and at the end.
 BOUNDS = [0, 0, 1, 8, 8, 30, 47, 47]
@@ -31,9 +39,9 @@ PACKS = [
     (BOUNDS, TOKENS, 4, 2, 7),
     ([0, 130, 131, 300], 310, 6, 2, 17),
     ([0, 70], 70, 2, 1, 256),
-    ([0, 200, 335], 335, 3, 3, 64),
-    ([0, 1100, 1150], 1150, 2, 1, 16),
+    ([0, 150, 235], 235, 3, 3, 64),
 ]
+LONG_PACKS = [([0, 200, 335], 335, 3, 3, 64), ([0, 1100, 1150], 1150, 2, 1, 16)]
 
 
 def _inputs(tokens: int, q_heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> list[Tensor]:
@@ -48,36 +56,74 @@ def _cu_seqlens(bounds: list[int]) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32)
 
 
-def _check(inputs: list[Tensor], bounds: list[int], **options) -> None:  # type: ignore[no-untyped-def]
-    cu_seqlens = _cu_seqlens(bounds)
+def _check(inputs: list[Tensor], bounds: list[int], backend: Backend = CPP, **options: Any) -> None:
     plan = options.pop("plan", None)
-    check_op(
-        lambda q, k, v: packed_attention(q, k, v, cu_seqlens, plan=plan, backend="cpp", **options),
-        lambda q, k, v: packed_attention(q, k, v, cu_seqlens, backend="reference", **options),
-        inputs,
-    )
+
+    def attend(name: str) -> Any:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cu_seqlens = _cu_seqlens(bounds).to(q.device)
+            return packed_attention(q, k, v, cu_seqlens, plan=plan if name != "reference" else None, backend=name, **options)
+
+        return run
+
+    check_op(attend(backend.name), attend("reference"), inputs, device=backend.device)
 
 
-def _gradients(inputs: list[Tensor], bounds: list[int], **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    out = packed_attention(*inputs, _cu_seqlens(bounds), **options)
+def _gradients(inputs: list[Tensor], bounds: list[int], backend: Backend = CPP, **options: Any) -> list[Tensor]:
+    inputs = [x.detach().to(backend.device).requires_grad_() for x in inputs]
+    out = packed_attention(*inputs, _cu_seqlens(bounds).to(backend.device), backend=backend.name, **options)
     return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pack", PACKS, ids=str)
-def test_matches_reference(pack: tuple[list[int], int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_reference(
+    backend: Backend, pack: tuple[list[int], int, int, int, int], dtype: torch.dtype
+) -> None:
     bounds, *sizes = pack
-    _check(_inputs(*sizes, dtype), bounds)
+    _check(_inputs(*sizes, dtype), bounds, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pack", LONG_PACKS, ids=str)
+@pytest.mark.parametrize("backend", [pytest.param(CPP, id="cpp"), *backends("packed_attention", gpu_only=True)])
+def test_long_packs_match_reference(
+    backend: Backend, pack: tuple[list[int], int, int, int, int], dtype: torch.dtype
+) -> None:
+    bounds, *sizes = pack
+    _check(_inputs(*sizes, dtype), bounds, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (32, 2)])
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("backend", backends("packed_attention", gpu_only=True))
+def test_every_configuration_matches_reference(
+    backend: Backend, d: int, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    inputs, bounds = _inputs(1500, *heads, d, dtype), [0, 700, 710, 1300, 1490]
+    _check(inputs, bounds, backend)
+    _check(inputs, bounds, backend, window=200, softcap=20.0)
+    _check(inputs, bounds, backend, causal=False, window=300)
+
+
+@pytest.mark.parametrize("sizes", [(50, 4, 2, 8), (50, 16, 1, 24)])
+@pytest.mark.parametrize("backend", TRITON)
+def test_float16_and_large_groups(backend: Backend, sizes: tuple[int, int, int, int]) -> None:
+    _check(_inputs(*sizes, torch.float16), BOUNDS, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("causal", "window", "softcap"), OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_reference_with_options(
-    causal: bool, window: int | None, softcap: float | None, dtype: torch.dtype
+    backend: Backend, causal: bool, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
     options = {"causal": causal, "window": window, "softcap": softcap}
-    _check(_inputs(TOKENS, 4, 2, 7, dtype), BOUNDS, scale=0.5, **options)
-    _check(_inputs(310, 2, 1, 16, dtype), [0, 9, 300], **options)
+    plan = PackPlan(_cu_seqlens(BOUNDS).numpy())
+    _check(_inputs(TOKENS, 4, 2, 7, dtype), BOUNDS, backend, scale=0.5, plan=plan, **options)
+    _check(_inputs(210, 2, 1, 16, dtype), [0, 9, 200], backend, scale=-0.25, **options)
 
 
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 600), (False, 600)])
@@ -86,20 +132,24 @@ def test_long_documents_are_several_tasks(causal: bool, window: int | None) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_views_of_a_fused_projection(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_a_fused_projection(backend: Backend, dtype: torch.dtype) -> None:
     qkv = torch.randn(TOKENS, 8, 10, dtype=dtype)
-    _check([x.requires_grad_() for x in qkv.split([4, 2, 2], 1)], BOUNDS)
-    _check([x.transpose(1, 2).requires_grad_() for x in qkv.mT.contiguous().split([4, 2, 2], 2)], BOUNDS)
-    _check([x.transpose(0, 1).requires_grad_() for x in qkv.transpose(0, 1).contiguous().split([4, 2, 2])], BOUNDS)
+    rows, columns = qkv.transpose(0, 1).contiguous().split([4, 2, 2]), qkv.mT.contiguous().split([4, 2, 2], 2)
+    _check([x.requires_grad_() for x in qkv.split([4, 2, 2], 1)], BOUNDS, backend)
+    _check([x.transpose(1, 2).requires_grad_() for x in columns], BOUNDS, backend)
+    _check([x.transpose(0, 1).requires_grad_() for x in rows], BOUNDS, backend)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_rows_past_the_last_document_are_not_read(backend: str) -> None:
-    inputs = _inputs(TOKENS, 4, 2, 8, torch.float32)
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, Backend("reference", "cpu")], ids=lambda value: getattr(value, "name", value))
+def test_rows_past_the_last_document_are_not_read(backend: Backend, planned: bool) -> None:
+    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
     with torch.no_grad():
         for x in inputs:
             x[BOUNDS[-1] :] = torch.nan
-    out = packed_attention(*inputs, _cu_seqlens(BOUNDS), backend=backend)
+    plan = PackPlan(_cu_seqlens(BOUNDS).numpy()) if planned else None
+    out = packed_attention(*inputs, _cu_seqlens(BOUNDS).to(backend.device), plan=plan, backend=backend.name)
     upstream = torch.ones_like(out)
     upstream[BOUNDS[-1] :] = torch.nan
     for x in [out, *torch.autograd.grad(out, inputs, upstream)]:
@@ -123,10 +173,19 @@ def test_plan_of_other_documents_is_refused(bounds: list[int], got: str) -> None
         packed_attention(*_inputs(8, 2, 1, 4, torch.float32), _cu_seqlens([0, 6]), plan=plan)
 
 
-def test_large_logits_stay_finite() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_stay_finite(backend: Backend) -> None:
     q, k, v = _inputs(80, 2, 1, 8, torch.float32)
-    for x in _gradients([q, k, v], [0, 80], scale=1e4):
+    for x in _gradients([q, k, v], [0, 80], backend, scale=1e4):
         assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_repeats_bitwise_and_does_not_depend_on_the_plan(backend: Backend) -> None:
+    inputs, bounds = _inputs(150, 4, 2, 16, torch.bfloat16), [0, 3, 120, 140]
+    plan = PackPlan(_cu_seqlens(bounds).numpy())
+    runs = [_gradients(inputs, bounds, backend, plan=p) for p in (None, plan, plan)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,14 +219,31 @@ def test_opcheck(bounds: list[int]) -> None:
     )
 
 
+@pytest.mark.parametrize("bounds", [BOUNDS, [0]])
+@pytest.mark.parametrize("backend", TRITON)
+def test_opcheck_triton(backend: Backend, bounds: list[int]) -> None:
+    q, k, v = (x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32))
+    tiles = tile_lists(q, k, _cu_seqlens(bounds).to(backend.device), None, True, 9)
+    options = (*tiles[1:], True, 9, 2.0, 0.3)
+    op = torch.ops.forge_triton.packed_attention
+    torch.library.opcheck(op.default, (q, k, v, tiles[0], *options), test_utils=OPCHECKS)
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = op(q, k, v, tiles[0], *options)
+    backward = torch.ops.forge_triton.packed_attention_backward
+    torch.library.opcheck(
+        backward.default, (torch.randn_like(q), q, k, v, out, lse, *options), test_utils=OPCHECKS
+    )
+
+
 @pytest.mark.parametrize("planned", [False, True])
-def test_compiles_without_graph_break(planned: bool) -> None:
-    inputs = _inputs(TOKENS, 4, 2, 8, torch.float32)
-    cu_seqlens = _cu_seqlens(BOUNDS)
-    plan = PackPlan(cu_seqlens.numpy()) if planned else None
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_break(backend: Backend, planned: bool) -> None:
+    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
+    plan = PackPlan(_cu_seqlens(BOUNDS).numpy()) if planned else None
+    cu_seqlens = _cu_seqlens(BOUNDS).to(backend.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, cu_seqlens, plan=plan, window=6) * 2
+        return packed_attention(q, k, v, cu_seqlens, plan=plan, window=6, backend=backend.name) * 2
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(attend(*inputs).square().sum(), inputs)
@@ -175,10 +251,14 @@ def test_compiles_without_graph_break(planned: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_activation_checkpointing() -> None:
-    inputs, cu_seqlens = _inputs(TOKENS, 4, 2, 8, torch.float32), _cu_seqlens(BOUNDS)
-    expected = torch.autograd.grad(packed_attention(*inputs, cu_seqlens).square().sum(), inputs)
-    out = checkpoint(packed_attention, *inputs, cu_seqlens, use_reentrant=False)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend: Backend) -> None:
+    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
+    cu_seqlens = _cu_seqlens(BOUNDS).to(backend.device)
+    expected = torch.autograd.grad(
+        packed_attention(*inputs, cu_seqlens, backend=backend.name).square().sum(), inputs
+    )
+    out = checkpoint(packed_attention, *inputs, cu_seqlens, use_reentrant=False, backend=backend.name)
     actual = torch.autograd.grad(out.square().sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -213,6 +293,11 @@ def test_gradcheck_reference(causal: bool, window: int | None, softcap: float | 
     torch.autograd.gradcheck(
         lambda q, k, v: reference.packed_attention(q, k, v, cu_seqlens, causal, window, softcap, 0.7), inputs
     )
+
+
+def test_triton_says_what_it_cannot_take() -> None:
+    with pytest.raises(ValueError, match="triton: .*takes head dimensions up to 256, got 257"):
+        packed_attention(*[torch.ones(4, 2, 257)] * 3, _cu_seqlens([0, 4]), backend="triton")
 
 
 def test_errors_name_the_argument() -> None:

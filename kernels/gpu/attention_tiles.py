@@ -1,0 +1,240 @@
+"""Block sizes of packed_attention's Triton kernels, and tile lists on the device: a PackPlan's, or made from cu_seqlens.
+
+The lists must own the rows that a kernel's blocks hold, so both are chosen here, before the op is called. Needs no triton.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pack import PackPlan
+
+_COLUMNS = len(PackPlan.COLUMNS)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Configuration of one kernel.
+
+    block_m packed query rows (tokens x heads of a group) meet block_n keys, edge_n at a time where a mask is needed. The
+    forward and dQ kernels own block_m rows and loop over keys; the dK/dV kernel owns block_n keys, loops over queries
+    and has no edge_n.
+    """
+
+    block_m: int
+    block_n: int
+    edge_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The three kernels of one device, dtype and head dimension."""
+
+    forward: Blocks
+    dq: Blocks
+    dkdv: Blocks
+    dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill
+
+    def rows(self, group: int) -> tuple[tuple[int, int], ...]:
+        """Tokens of a tile's rows and columns for the three lists, at `group` query heads to a key/value head."""
+        return (
+            (self.forward.block_m // group, self.forward.edge_n),
+            (self.dq.block_m // group, self.dq.edge_n),
+            (self.dkdv.block_n, max(1, self.dkdv.block_m // group)),
+        )
+
+
+# Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement.
+# Fixed, not autotuned: a block size decides the order of sums, and a choice by the clock could change it from run to run.
+# Key: architecture (0: interpreter, 86: those with 99 KiB of shared memory to a program), padded head dimension.
+_HALF = {
+    (90, 64): Kernels(Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 0, 8, 2)),
+    (90, 128): Kernels(
+        Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2)
+    ),
+    (90, 256): Kernels(
+        Blocks(128, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2), Blocks(16, 64, 0, 8, 2)
+    ),
+    (100, 64): Kernels(Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 0, 8, 2)),
+    (100, 128): Kernels(
+        Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2)
+    ),
+    (100, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
+    (80, 64): Kernels(Blocks(128, 64, 64, 4, 2), Blocks(64, 64, 64, 4, 2), Blocks(32, 128, 0, 8, 2)),
+    (80, 128): Kernels(Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 0, 8, 2)),
+    (80, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(64, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
+    (86, 256): Kernels(Blocks(64, 32, 32, 8, 2), Blocks(64, 32, 32, 8, 1), Blocks(16, 64, 0, 8, 2)),
+    (0, 256): Kernels(Blocks(64, 32, 16, 4, 1), Blocks(64, 32, 16, 4, 1), Blocks(64, 32, 0, 4, 1)),
+}
+# float32 matmuls run as multiply-adds, which need many registers: dQ spills beyond a head dimension of 64.
+_FLOAT = {
+    64: Kernels(Blocks(32, 32, 32, 8, 1), Blocks(32, 32, 32, 8, 1), Blocks(16, 64, 0, 8, 1)),
+    128: Kernels(Blocks(32, 32, 32, 8, 1), Blocks(32, 32, 32, 8, 1), Blocks(16, 64, 0, 8, 1)),
+    256: Kernels(Blocks(32, 32, 32, 8, 1), Blocks(32, 16, 16, 4, 1), Blocks(16, 32, 0, 4, 1)),
+}
+
+
+def padded_head_dim(d: int) -> int:
+    """Columns of a block: a power of two of at least 16."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def kernels(device: torch.device, dtype: torch.dtype, d: int) -> Kernels:
+    """The configuration for a head dimension d of at most 256 on a device."""
+    arch, width = architecture(device), max(64, padded_head_dim(d))
+    if arch == 0:
+        return _HALF[0, 256]
+    if dtype == torch.float32:
+        return _FLOAT[width]
+    return _HALF.get((arch, width)) or _HALF[80, width]
+
+
+def max_group(q: Tensor) -> int:
+    """Query heads of one key/value head that a tile of queries can hold."""
+    configured = kernels(q.device, q.dtype, q.shape[2])
+    return min(configured.forward.block_m, configured.dq.block_m)
+
+
+def architecture(device: torch.device) -> int:
+    """80, 86, 90 or 100, the nearest with a configuration; 0 for the interpreter."""
+    if device.type == "meta":  # compiled ahead of time
+        from triton.runtime import driver
+
+        return driver.active.get_current_target().arch
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return {8: 80 if minor in (0, 7) else 86, 9: 90, 10: 100, 11: 100, 12: 86}.get(major, 80)
+
+
+_uploaded: WeakKeyDictionary[PackPlan, dict[tuple, tuple[Tensor, ...]]] = WeakKeyDictionary()
+
+
+def tile_lists(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, plan: PackPlan | None, causal: bool, window: int | None
+) -> tuple[Tensor, ...]:
+    """The lists of the forward, dQ and dK/dV kernels, int32 [tiles, 8] on the device of q.
+
+    A plan's are uploaded by its first layer and kept for the others, until the plan goes. Without a plan, and in a
+    compiled graph, where layers share what they compute alike, they are made on the device.
+    """
+    tiles = kernels(q.device, q.dtype, q.shape[2]).rows(q.shape[1] // k.shape[1])
+    if plan is None or torch.compiler.is_compiling():
+        _require_offsets(cu_seqlens, q.shape[0])
+        return tuple(device_list(cu_seqlens, q.shape[0], tile, causal, window, i == 2) for i, tile in enumerate(tiles))
+    of_plan = _uploaded.setdefault(plan, {})
+    key = (q.device, q.shape[0], tiles, causal, window)
+    if key not in of_plan:
+        of_plan[key] = _upload(plan, plan_lists(plan, q.shape[0], tiles, causal, window), cu_seqlens)
+    return of_plan[key]
+
+
+def plan_lists(
+    plan: PackPlan, tokens: int, tiles: tuple[tuple[int, int], ...], causal: bool, window: int | None
+) -> list[np.ndarray]:
+    """A plan's lists, made anew for these tile sizes, with tiles without columns for rows that belong to no document.
+
+    Args:
+        plan: its tile sizes, causality and window do not matter.
+        tokens: rows of the pack.
+        tiles: (rows, columns) of a tile, for each list; the last list owns keys, the others own queries.
+        causal, window: as in packed_attention.
+
+    Returns:
+        For each of `tiles` int32 [tiles, 8], longest first.
+
+    Raises:
+        ValueError: the plan has more rows than the pack.
+    """
+    if plan.tokens > tokens:
+        raise ValueError(f"plan: got one of {plan.tokens} tokens, expected at most {tokens}, the rows of q")
+    lists = []
+    for i, (rows, cols) in enumerate(tiles):
+        own = plan.tiles(rows, cols, causal=causal, window=window, backward=i == len(tiles) - 1)
+        start = np.arange(plan.tokens, tokens, rows, dtype=np.int32)
+        tail = np.zeros((start.size, _COLUMNS), np.int32)
+        tail[:, :7] = start[:, None]
+        tail[:, 0] = len(plan.cu_seqlens) - 1
+        tail[:, 2] = np.minimum(start + rows, tokens)
+        lists.append(np.concatenate([own, tail]))
+    return lists
+
+
+def _upload(plan: PackPlan, lists: list[np.ndarray], cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+    """One copy, from one pinned buffer, of cu_seqlens and every list."""
+    if plan.cu_seqlens.size != cu_seqlens.numel():
+        raise ValueError(
+            f"plan: got one of {plan.cu_seqlens.size - 1} documents, expected the {cu_seqlens.numel() - 1} of cu_seqlens"
+        )
+    parts = [plan.cu_seqlens, *(tiles.reshape(-1) for tiles in lists)]
+    buffer = torch.from_numpy(np.concatenate(parts))
+    if cu_seqlens.device.type == "cuda":
+        buffer = buffer.pin_memory().to(cu_seqlens.device, non_blocking=True)
+    expected, *flat = buffer.split([part.size for part in parts])
+    if cu_seqlens.device.type != "cpu":
+        torch._assert_async((expected == cu_seqlens).all(), "plan: expected one of cu_seqlens")
+    elif not torch.equal(expected, cu_seqlens):
+        raise ValueError(f"plan: got one of cu_seqlens {expected.tolist()}, expected {cu_seqlens.tolist()}")
+    return tuple(tiles.view(-1, _COLUMNS) for tiles in flat)
+
+
+def _require_offsets(cu_seqlens: Tensor, tokens: int) -> None:
+    ok = (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= tokens) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(ok, "cu_seqlens: expected offsets that start at 0, never decrease and end within q")
+    elif not ok:
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.tolist()}, expected offsets that start at 0, never decrease and end at most "
+            f"at {tokens}, the number of tokens"
+        )
+
+
+def device_list(
+    cu_seqlens: Tensor, tokens: int, tile: tuple[int, int], causal: bool, window: int | None, backward: bool
+) -> Tensor:
+    """The list that `plan_lists` makes, from cu_seqlens on its device, without waiting for it.
+
+    Its length depends on shapes alone, so that it can be part of a CUDA graph: `tokens // rows + documents + 1`, the
+    last ones without rows. Offsets that fall or lie outside of the pack are clamped: nothing is read out of bounds.
+    """
+    rows, cols = tile
+    zero = torch.zeros(1, dtype=torch.int64, device=cu_seqlens.device)
+    ends = cu_seqlens.long().clamp(0, tokens).cummax(0).values
+    # The rows past the last document are one more document, whose tiles have no columns.
+    bounds = torch.cat([zero, ends[1:], zero + tokens])
+    lengths = bounds.diff()
+    documents = lengths.shape[0] - 1
+    tiles_so_far = ((lengths + rows - 1) // rows).cumsum(0)
+    index = torch.arange(tokens // rows + documents + 1, device=cu_seqlens.device)
+    found = torch.searchsorted(tiles_so_far, index, right=True)
+    document = found.clamp(max=documents)
+    length, base = lengths[document], bounds[document]
+    row = (index - torch.cat([zero, tiles_so_far])[document]) * rows
+    row = torch.where(found <= documents, row, 0)
+    end = torch.where(found <= documents, torch.minimum(row + rows, length), 0)
+    reach = length if window is None else torch.full_like(length, window)
+
+    def visible(i: Tensor) -> tuple[Tensor, Tensor]:
+        lower, upper = (i - reach + 1).clamp(min=0), torch.minimum(length, i + reach)
+        if not causal:
+            return lower, upper
+        return (i, upper) if backward else (lower, i + 1)
+
+    first, last = visible(row), visible(end - 1)
+    col_start, col_end = first[0] // cols * cols, last[1]
+    full_start = (last[0] + cols - 1) // cols * cols
+    inner = torch.minimum(first[1], last[1])
+    full_end = torch.where(inner == length, inner, inner // cols * cols)
+    any_full = full_start < full_end
+    spans = (col_start, col_end, torch.where(any_full, full_start, col_start), torch.where(any_full, full_end, col_start))
+    seen = found < documents
+    columns = [base + torch.where(seen, span, row) for span in spans]
+    # Rows times columns stands for the area: it orders the tiles and nothing else.
+    area = torch.where(seen, (end - row) * (col_end - col_start), 0).clamp(max=2**31 - 1)
+    order = area.argsort(descending=True, stable=True)
+    return torch.stack([document, base + row, base + end, *columns, area], 1).int()[order].contiguous()

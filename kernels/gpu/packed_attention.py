@@ -1,0 +1,224 @@
+"""packed_attention in Triton: forward, dQ, and dK with dV, each one program per (tile, key/value head).
+
+A tile is one row of a PackPlan list (kernels/pack.py): a range of rows that one program owns and the range of columns
+that it loops over, split into columns that every row sees (no mask, no bounds) and the edges around them. Tiles come
+longest first, and a GPU starts programs in order, so the list is the schedule.
+
+Queries are packed: row r of a tile of queries is token `r // GROUP`, head `r % GROUP` of the GROUP query heads that
+share a key/value head. Keys and values are then read once for the whole group, and a group of any size fills a tile.
+
+Logits are kept in base 2: `factor` holds `scale * log2(e)`, so that the exponential is the instruction exp2. With a
+soft cap `factor` is `scale / softcap` and `cap` is `softcap * log2(e)`.
+
+dQ runs before dK/dV and leaves `delta` for it. Nothing is accumulated across programs: results repeat bit for bit.
+
+    q, out, dout, dq   [tokens, kv_heads * GROUP, D]     strides of tokens and heads given, D contiguous
+    k, v, dk, dv       [tokens, kv_heads, D]
+    lse, delta         [kv_heads, tokens * GROUP] float32: log2 of the sum of exponentials, sum(dout * out) of a row;
+                       lse has a second such array with what the first lost to rounding when LSE_LOW (float32 inputs)
+    tiles              int32 [programs / kv_heads, 8]
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .attention_tiles import Blocks, architecture, kernels, padded_head_dim
+from .packed_attention_backward import dkdv_kernel, dq_kernel
+from .packed_attention_forward import forward_kernel
+from .workload import Workload, meta
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_tiles: Tensor,
+    dq_tiles: Tensor,
+    dkdv_tiles: Tensor,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel: out, lse."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, k, v = (_readable(x, q.shape[1] // k.shape[1]) for x in (q, k, v))
+    tokens, kv_heads, d = k.shape
+    rows = tokens * (q.shape[1] // kv_heads)
+    lse = torch.empty((_lse_parts(q.dtype), kv_heads, rows), dtype=torch.float32, device=q.device)
+    if forward_tiles.shape[0] == 0:
+        return out, lse
+    blocks = kernels(q.device, q.dtype, d).forward
+    descriptors = _key_descriptors(k, v, blocks.block_n)
+    forward_kernel[forward_tiles.shape[0] * kv_heads,](
+        q, k, v, out, lse, *descriptors, forward_tiles, *_factors(softcap, scale), window, tokens, kv_heads,
+        *_strides(q, k, v, out), **_constants(q, k, causal, window, softcap), **_sizes(blocks), EDGE_N=blocks.edge_n,
+        TMA=descriptors[0] is not None,
+    )  # fmt: skip
+    return out, lse
+
+
+def packed_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq_tiles: Tensor,
+    dkdv_tiles: Tensor,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the two backward kernels: dq, dk, dv."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    q, k, v, out, dout = (_readable(x, q.shape[1] // k.shape[1]) for x in (q, k, v, out, dout))
+    tokens, kv_heads, d = k.shape
+    if dq_tiles.shape[0] == 0:
+        return dq, dk, dv
+    delta = torch.empty(lse.shape[1:], dtype=torch.float32, device=q.device)
+    configured = kernels(q.device, q.dtype, d)
+    constants = _constants(q, k, causal, window, softcap)
+    scalars = (*_factors(softcap, scale), scale, window, tokens, kv_heads)
+
+    blocks = configured.dq
+    descriptors = _key_descriptors(k, v, blocks.block_n)
+    dq_kernel[dq_tiles.shape[0] * kv_heads,](
+        q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, *scalars, *_strides(q, k, v, out, dout), **constants,
+        **_sizes(blocks), EDGE_N=blocks.edge_n, TMA=descriptors[0] is not None,
+    )  # fmt: skip
+
+    blocks = configured.dkdv
+    descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
+    if configured.dkdv_tight and (descriptors[0] is None or softcap or (window and not causal)):
+        blocks = configured.dkdv_tight
+        descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
+    dkdv_kernel[dkdv_tiles.shape[0] * kv_heads,](
+        q, k, v, dout, lse, delta, dk, dv, *descriptors, dkdv_tiles, *scalars, *_strides(q, k, v, dout), **constants,
+        **_sizes(blocks), TMA=descriptors[0] is not None,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _readable(x: Tensor, group: int) -> Tensor:
+    # The kernels want rows without gaps, and 32 bits for offsets between the heads of a group.
+    return x if x.stride(2) == 1 and x.stride(1) * group < 2**31 else x.contiguous()
+
+
+def _lse_parts(dtype: torch.dtype) -> int:
+    return 2 if dtype == torch.float32 else 1
+
+
+def _factors(softcap: float, scale: float) -> tuple[float, float]:
+    log2_e = math.log2(math.e)
+    return (scale / softcap, softcap * log2_e) if softcap else (scale * log2_e, 0.0)
+
+
+def _constants(q: Tensor, k: Tensor, causal: bool, window: int, softcap: float) -> dict[str, Any]:
+    return {
+        "GROUP": q.shape[1] // k.shape[1],
+        "D": q.shape[2],
+        "BLOCK_D": padded_head_dim(q.shape[2]),
+        "CAUSAL": causal,
+        "WINDOWED": window > 0,
+        "SOFTCAP": softcap > 0,
+        "LSE_LOW": _lse_parts(q.dtype) == 2,
+    }
+
+
+def _sizes(blocks: Blocks) -> dict[str, int]:
+    return {
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _key_descriptors(k: Tensor, v: Tensor, block_n: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """For the tensor memory accelerator, where there is one and it can read k and v: blocks of keys of one head."""
+    if not _bulk_copies(k, v):
+        return None, None
+    block = [block_n, 1, padded_head_dim(k.shape[2])]
+    return _descriptor(k, block), _descriptor(v, block)
+
+
+def _query_descriptors(
+    q: Tensor, dout: Tensor, block_m: int, group: int
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Likewise: blocks of tokens with the heads of a group, when whole tokens fill a block."""
+    if block_m % group or not _bulk_copies(q, dout):
+        return None, None
+    block = [block_m // group, group, padded_head_dim(q.shape[2])]
+    return _descriptor(q, block), _descriptor(dout, block)
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def _bulk_copies(*tensors: Tensor) -> bool:
+    # Descriptors need addresses and strides of 16 bytes; Hopper and later have the unit, the interpreter plays it.
+    device = tensors[0].device
+    if tensors[0].dtype == torch.float32 or (device.type != "cpu" and architecture(device) < 90):
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2]) for x in tensors
+    )
+
+
+def workloads() -> list[Workload]:
+    """An 8k pack of documents up to 2k (mean context 470 tokens): every head dimension, and the options that cost registers.
+
+    The programs of the grid are those of documents of 512 tokens.
+    """
+    listed = []
+    hopper = ("forward_kernel", "dq_kernel", "dkdv_kernel")
+    calls = [
+        ("D 128", 32, 8, 128, True, 0, 0.0), ("D 64", 32, 8, 64, True, 0, 0.0), ("D 96", 32, 8, 96, True, 0, 0.0),
+        ("D 256, window, softcap", 16, 8, 256, True, 512, 50.0), ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0),
+        ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0), ("D 80", 32, 32, 80, True, 0, 0.0),
+    ]  # fmt: skip
+    for name, q_heads, kv_heads, d, causal, window, softcap in calls:
+        listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)
+    listed += _calls("float32, D 64", 32, 8, 64, True, 0, 0.0, torch.float32, ())
+    return listed
+
+
+def _calls(
+    name: str, q_heads: int, kv_heads: int, d: int, causal: bool, window: int, softcap: float, dtype: torch.dtype,
+    wgmma: tuple[str, ...],
+) -> list[Workload]:  # fmt: skip
+    tokens, group = 8192, q_heads // kv_heads
+    q, kv = meta(tokens, q_heads, d, dtype=dtype), meta(tokens, kv_heads, d, dtype=dtype)
+    lse = meta(_lse_parts(dtype), kv_heads, tokens * group, dtype=torch.float32)
+    options = (causal, window, softcap, d**-0.5)
+
+    def tiles(index: int) -> Tensor:
+        rows = kernels(q.device, dtype, d).rows(group)[index][0]
+        return meta(16 * math.ceil(512 / rows), 8, dtype=torch.int32)
+
+    flops = round(4 * d * q_heads * tokens * (470 if causal else 940))
+    size, small = tokens * q_heads * d * q.element_size(), tokens * kv_heads * d * q.element_size()
+    return [
+        Workload(
+            f"packed_attention: forward {name}, {q_heads}/{kv_heads} heads",
+            lambda: packed_attention(q, kv, kv, tiles(0), tiles(1), tiles(2), *options),
+            2 * size + 2 * small, flops, tuple(n for n in wgmma if n == "forward_kernel"),
+        ),
+        Workload(
+            f"packed_attention: backward {name}, {q_heads}/{kv_heads} heads",
+            lambda: packed_attention_backward(q, q, kv, kv, q, lse, tiles(1), tiles(2), *options),
+            4 * size + 4 * small, flops * 5 // 2, tuple(n for n in wgmma if n != "forward_kernel"),
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,222 @@
+"""Triton backward kernels of packed_attention; see packed_attention.py."""
+
+import triton
+import triton.language as tl
+
+from .attention_common import base2_logits, dot, edge_blocks, edge_columns, load, row_offsets, tile_bounds, visible
+
+
+@triton.jit
+def _probabilities(product, high, low, factor, cap, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr):
+    """Probabilities from saved sums, and tanh of the capped logits."""
+    logits, tanh = base2_logits(product, factor, cap, SOFTCAP)
+    if LSE_LOW:
+        return tl.exp2((logits - high) - low), tanh
+    return tl.exp2(logits - high), tanh
+
+
+@triton.jit
+def _dq_step(
+    q, dout, k, v, dq, high, low, delta, query, key, limit, factor, cap, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    zeros = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
+    p, tanh = _probabilities(dot(q, k.T, zeros), high[:, None], low[:, None], factor, cap, SOFTCAP, LSE_LOW)
+    if EDGE:
+        p = tl.where(visible(query[:, None], key[None, :], limit, window, CAUSAL, WINDOWED), p, 0.0)
+    ds = p * (dot(dout, v.T, zeros) - delta[:, None])
+    if WINDOWED and EDGE:
+        # A query that sees its own key alone has probability 1 whatever the logit: no rounding may pass for a gradient.
+        ds = tl.where(window == 1, 0.0, ds)
+    if SOFTCAP:
+        ds *= 1 - tanh * tanh
+    return dot(ds.to(k.dtype), k, dq)
+
+
+@triton.jit
+def dq_kernel(
+    q, k, v, out, dout, lse, dq, delta, k_desc, v_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_gt, stride_gh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of queries. Also writes delta, which dkdv_kernel reads: it must run first."""
+    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
+
+    row = tl.arange(0, BLOCK_M)
+    rows = (row_end - row_start) * GROUP
+    local = tl.maximum(tl.minimum(row, rows - 1), 0)
+    query = row_start + local // GROUP
+    first, first_head = row_start.to(tl.int64), head.to(tl.int64) * GROUP
+    q += first * stride_qt + first_head * stride_qh
+    out += first * stride_ot + first_head * stride_oh
+    dout += first * stride_gt + first_head * stride_gh
+    # Rows of no document are not read: whatever they hold, their gradients are zero.
+    count = tl.where(col_start < col_end, rows, 0)
+    q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
+    dout_tile = load(
+        dout + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D
+    )
+    out_tile = load(out + row_offsets(local, stride_ot, stride_oh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
+    delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    base = (head.to(tl.int64) * tokens + row_start) * GROUP
+    stored = row < rows
+    tl.store(delta + base + row, delta_tile, stored)
+    high = tl.load(lse + base + local)
+    low = high
+    if LSE_LOW:
+        low = tl.load(lse + kv_heads.to(tl.int64) * tokens * GROUP + base + local)
+
+    k += head.to(tl.int64) * stride_kh
+    v += head.to(tl.int64) * stride_vh
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    key = tl.arange(0, EDGE_N)
+    d = tl.arange(0, BLOCK_D)
+    k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
+    for i in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
+        col, limit = edge_columns(i, col_start, full_start, full_end, col_end, EDGE_N)
+        at = tl.cast(col, tl.int64)
+        k_tile = load(k + at * stride_kt + k_offsets, col + key, limit, True, D, BLOCK_D)
+        v_tile = load(v + at * stride_vt + v_offsets, col + key, limit, True, D, BLOCK_D)
+        acc = _dq_step(
+            q_tile, dout_tile, k_tile, v_tile, acc, high, low, delta_tile, query, col + key, limit, factor, cap, window,
+            CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, True,
+        )  # fmt: skip
+
+    key = tl.arange(0, BLOCK_N)
+    k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
+    for col in range(full_start, full_end, BLOCK_N):
+        if TMA:
+            k_tile = k_desc.load([col, head, 0]).reshape(BLOCK_N, BLOCK_D)
+            v_tile = v_desc.load([col, head, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            at = tl.cast(col, tl.int64)
+            k_tile = load(k + at * stride_kt + k_offsets, key, 0, False, D, BLOCK_D)
+            v_tile = load(v + at * stride_vt + v_offsets, key, 0, False, D, BLOCK_D)
+        acc = _dq_step(
+            q_tile, dout_tile, k_tile, v_tile, acc, high, low, delta_tile, query, key, 0, factor, cap, window,
+            CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, False,
+        )  # fmt: skip
+
+    if BLOCK_D == D:
+        stored_2d = stored[:, None]
+    else:
+        stored_2d = stored[:, None] & (d < D)[None, :]
+    # dq is contiguous.
+    dq += (first * kv_heads + head) * GROUP * D
+    tl.store(
+        dq + row_offsets(row, kv_heads * GROUP * D, D, GROUP, D, BLOCK_D), (acc * scale).to(dq.dtype.element_ty), stored_2d
+    )
+
+
+@triton.jit
+def _dkdv_step(
+    q, dout, k, v, dk, dv, high, low, delta, query, key, window, valid, factor, cap,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile of packed queries to dK and dV; everything is transposed, [keys, queries]."""
+    zeros = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
+    p, tanh = _probabilities(dot(k, q.T, zeros), high[None, :], low[None, :], factor, cap, SOFTCAP, LSE_LOW)
+    if EDGE:
+        seen = visible(query[None, :], key[:, None], 2147483647, window, CAUSAL, WINDOWED) & valid[None, :]
+        p = tl.where(seen, p, 0.0)
+    dv = dot(p.to(dout.dtype), dout, dv)
+    ds = p * (dot(v, dout.T, zeros) - delta[None, :])
+    if WINDOWED and EDGE:
+        # A query that sees its own key alone has probability 1 whatever the logit: no rounding may pass for a gradient.
+        ds = tl.where(window == 1, 0.0, ds)
+    if SOFTCAP:
+        ds *= 1 - tanh * tanh
+    return dot(ds.to(q.dtype), q, dk), dv
+
+
+@triton.jit
+def dkdv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, q_desc, dout_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of keys: a loop over the packed queries, of the whole group, that see it."""
+    # Columns are packed rows here.
+    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, GROUP, BLOCK_M)
+
+    row, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    key = row_start + row
+    first = row_start.to(tl.int64)
+    # As in dq_kernel; keys past the tile get probabilities too, in rows that are not stored.
+    limit = tl.where(col_start < col_end, row_end, row_start)
+    k += first * stride_kt + head.to(tl.int64) * stride_kh
+    v += first * stride_vt + head.to(tl.int64) * stride_vh
+    k_tile = load(k + row[:, None] * stride_kt + d[None, :], key, limit, True, D, BLOCK_D)
+    v_tile = load(v + row[:, None] * stride_vt + d[None, :], key, limit, True, D, BLOCK_D)
+
+    q += head.to(tl.int64) * GROUP * stride_qh
+    dout += head.to(tl.int64) * GROUP * stride_gh
+    lse += head.to(tl.int64) * tokens * GROUP
+    lse_low = lse + kv_heads.to(tl.int64) * tokens * GROUP
+    delta += head.to(tl.int64) * tokens * GROUP
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    m = tl.arange(0, BLOCK_M)
+
+    for i in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK_M)):
+        col, limit = edge_columns(i, col_start, full_start, full_end, col_end, BLOCK_M)
+        token = col // GROUP
+        local = col - token * GROUP + m
+        at = tl.cast(token, tl.int64)
+        q_tile = load(
+            q + at * stride_qt + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), col + m, limit, True, D,
+            BLOCK_D,
+        )  # fmt: skip
+        dout_tile = load(
+            dout + at * stride_gt + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), col + m, limit, True,
+            D, BLOCK_D,
+        )  # fmt: skip
+        valid = col + m < limit
+        high = tl.load(lse + col + m, mask=valid, other=0.0)
+        low = high
+        if LSE_LOW:
+            low = tl.load(lse_low + col + m, mask=valid, other=0.0)
+        delta_tile = tl.load(delta + col + m, mask=valid, other=0.0)
+        dk_acc, dv_acc = _dkdv_step(
+            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
+            window, valid, factor, cap, CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, True,
+        )  # fmt: skip
+
+    for col in range(full_start, full_end, BLOCK_M):
+        token = col // GROUP
+        local = col - token * GROUP + m
+        if TMA:
+            q_tile = q_desc.load([token, head * GROUP, 0]).reshape(BLOCK_M, BLOCK_D)
+            dout_tile = dout_desc.load([token, head * GROUP, 0]).reshape(BLOCK_M, BLOCK_D)
+        else:
+            at = tl.cast(token, tl.int64)
+            q_tile = load(
+                q + at * stride_qt + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), m, 0, False, D,
+                BLOCK_D,
+            )  # fmt: skip
+            dout_tile = load(
+                dout + at * stride_gt + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), m, 0, False, D,
+                BLOCK_D,
+            )  # fmt: skip
+        high = tl.load(lse + col + m)
+        low = high
+        if LSE_LOW:
+            low = tl.load(lse_low + col + m)
+        delta_tile = tl.load(delta + col + m)
+        dk_acc, dv_acc = _dkdv_step(
+            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
+            window, m < BLOCK_M, factor, cap, CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, False,
+        )  # fmt: skip
+
+    if BLOCK_D == D:
+        stored = (key < row_end)[:, None]
+    else:
+        stored = (key < row_end)[:, None] & (d < D)[None, :]
+    # dk and dv are contiguous.
+    at = (first * kv_heads + head) * D
+    offsets = row[:, None] * (kv_heads * D) + d[None, :]
+    tl.store(dk + at + offsets, (dk_acc * scale).to(dk.dtype.element_ty), stored)
+    tl.store(dv + at + offsets, dv_acc.to(dv.dtype.element_ty), stored)
