@@ -166,9 +166,10 @@ class PackPlan:
             if value is not None and not 1 <= value < 2**31:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         object.__setattr__(self, "cu_seqlens", cu_seqlens)
-        own = {"causal": self.causal, "window": self.window}
-        object.__setattr__(self, "forward", self.tiles(self.q_tile, self.kv_tile, backward=False, **own))
-        object.__setattr__(self, "backward", self.tiles(self.kv_tile, self.q_tile, backward=True, **own))
+        for name, backward in (("forward", False), ("backward", True)):
+            rows, cols = (self.kv_tile, self.q_tile) if backward else (self.q_tile, self.kv_tile)
+            own = self.tiles(rows, cols, backward=backward, causal=self.causal, window=self.window)
+            object.__setattr__(self, name, own)
 
     def tiles(
         self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None

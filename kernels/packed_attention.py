@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .attention_peers import PEERS
 from .gpu.attention_tiles import max_group, tile_lists
 from .library import register_op
 from .pack import PackPlan
@@ -44,7 +45,9 @@ def packed_attention(
         window: query i sees only keys with i - window < j <= i (causal) or |i - j| < window; >= 1.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2, arXiv 2408.00118); > 0.
         scale: factor of q k^T; default `d ** -0.5`.
-        backend: "auto" tries "cpp" (CPU), "triton", then "reference".
+        backend: "auto" tries "cpp" (CPU), "triton", the packages "flash_attn_3", "flash_attn_2", "flash_attn_4" and
+            "varlen_attn" (torch's), where they are installed and a plan is given, then "reference". The order is by
+            what they take and repeat bit for bit, not by speed, which has not been measured yet.
 
     Returns:
         [tokens, q_heads, d], dtype of q.
@@ -59,7 +62,8 @@ def packed_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return OP.select(backend, q, k, v)(q, k, v, cu_seqlens, plan, causal, window, softcap, scale)
+    inputs = (q, k, v, cu_seqlens, plan, causal, window, softcap, scale)
+    return OP.select(backend, *inputs)(*inputs)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -117,7 +121,11 @@ def _run_triton(
     return torch.ops.forge_triton.packed_attention(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale)[0]
 
 
-def _triton_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+def _cpp_reasons(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> list[str]:
+    return cpp_reasons(q, k, v)
+
+
+def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> list[str]:
     reasons = triton_reasons(q, k, v)
     if q.shape[2] > 256:
         reasons.append(f"takes head dimensions up to 256, got {q.shape[2]}")
@@ -144,8 +152,10 @@ def _run_reference(
     return reference.packed_attention(q, k, v, cu_seqlens, causal, window, softcap, scale)
 
 
-OP.register("cpp", _run_cpp, cpp_reasons)
+OP.register("cpp", _run_cpp, _cpp_reasons)
 OP.register("triton", _run_triton, _triton_reasons)
+for _name, _peer in PEERS.items():
+    OP.register(_name, _peer.run, _peer.not_supported_reasons)
 OP.register("reference", _run_reference, no_reasons)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from ..registry import available_backends
 from .workload import Workload
 
-OPS = ("lora_linear", "packed_attention", "rms_norm", "rope", "swiglu")
+OPS = tuple(op for op, names in available_backends().items() if "triton" in names)
 ARCHITECTURES = (80, 90, 100)
 
 # Shared memory that one program can have, and that a multiprocessor has for all of its programs (1 KiB of it reserved

@@ -3,16 +3,19 @@
 import triton
 import triton.language as tl
 
+# Arguments of the kernels whose value, 1 or a multiple of 16, is no reason to compile another variant.
+UNSPECIALIZED = ("window", "tokens", "kv_heads")
+
 
 @triton.jit
 def dot(a, b, acc):
-    # float32 inputs are multiplied as such, not rounded to TF32.
+    """acc + a b, accumulated in float32; float32 inputs are multiplied as such, not rounded to TF32."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def accurate_tanh(x):
-    # Near zero 1 - 2 / (e^2x + 1) cancels: there an odd polynomial takes over (least squares; relative error 8e-8).
+    """tanh; near zero, where 1 - 2 / (e^2x + 1) cancels, an odd polynomial (least squares, relative error 8e-8)."""
     z = x * x
     tail = -0.333333304 + z * (0.13332924 + z * (-0.0538751382 + z * (0.021116214 + z * -0.00627638759)))
     return tl.where(z < 0.36, x + x * z * tail, 1 - 2 / (tl.exp2(2.8853900817779268 * x) + 1))
@@ -43,10 +46,7 @@ def load(pointers, rows, limit, MASK_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_
     """Loads [rows, BLOCK_D]; what lies past column D, and with MASK_ROWS past row `limit`, is 0."""
     inside = tl.arange(0, BLOCK_D)[None, :] < D
     if MASK_ROWS:
-        if BLOCK_D == D:
-            inside = (rows < limit)[:, None]
-        else:
-            inside = inside & (rows < limit)[:, None]
+        inside = (rows < limit)[:, None] if BLOCK_D == D else inside & (rows < limit)[:, None]
     if MASK_ROWS or BLOCK_D != D:
         return tl.load(pointers, mask=inside, other=0.0)
     return tl.load(pointers)
@@ -78,7 +78,7 @@ def tile_bounds(tiles, kv_heads, UNIT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def edge_columns(i, col_start, full_start, full_end, col_end, BLOCK: tl.constexpr):
-    """First column of the i-th block of the edges, [col_start, full_start) and [full_end, col_end), and where its edge ends."""
+    """The i-th block of the edges [col_start, full_start) and [full_end, col_end): its first column, its edge's end."""
     left = tl.cdiv(full_start - col_start, BLOCK)
     col = tl.where(i < left, col_start + i * BLOCK, full_end + (i - left) * BLOCK)
     return col, tl.where(i < left, full_start, col_end)

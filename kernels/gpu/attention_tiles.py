@@ -1,6 +1,6 @@
-"""Block sizes of packed_attention's Triton kernels, and tile lists on the device: a PackPlan's, or made from cu_seqlens.
+"""Block sizes of packed_attention's Triton kernels, and their tile lists: a PackPlan's, or made on the device.
 
-The lists must own the rows that a kernel's blocks hold, so both are chosen here, before the op is called. Needs no triton.
+A tile owns as many rows as a kernel's block holds, so both are chosen here, before the op is called, without triton.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ _COLUMNS = len(PackPlan.COLUMNS)
 class Blocks:
     """Configuration of one kernel.
 
-    block_m packed query rows (tokens x heads of a group) meet block_n keys, edge_n at a time where a mask is needed. The
-    forward and dQ kernels own block_m rows and loop over keys; the dK/dV kernel owns block_n keys, loops over queries
-    and has no edge_n.
+    block_m packed query rows (tokens x heads of a group) meet block_n keys, edge_n at a time where a mask is needed.
+    The forward and dQ kernels own block_m rows and loop over keys; the dK/dV kernel owns block_n keys, loops over
+    queries and has no edge_n.
     """
 
     block_m: int
@@ -40,17 +40,9 @@ class Kernels:
     dkdv: Blocks
     dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill
 
-    def rows(self, group: int) -> tuple[tuple[int, int], ...]:
-        """Tokens of a tile's rows and columns for the three lists, at `group` query heads to a key/value head."""
-        return (
-            (self.forward.block_m // group, self.forward.edge_n),
-            (self.dq.block_m // group, self.dq.edge_n),
-            (self.dkdv.block_n, max(1, self.dkdv.block_m // group)),
-        )
-
 
 # Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement.
-# Fixed, not autotuned: a block size decides the order of sums, and a choice by the clock could change it from run to run.
+# Fixed, not autotuned: a block size decides the order of sums, and a choice by the clock may differ from run to run.
 # Key: architecture (0: interpreter, 86: those with 99 KiB of shared memory to a program), padded head dimension.
 _HALF = {
     (90, 64): Kernels(Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 0, 8, 2)),
@@ -67,8 +59,8 @@ _HALF = {
     (100, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
     (80, 64): Kernels(Blocks(128, 64, 64, 4, 2), Blocks(64, 64, 64, 4, 2), Blocks(32, 128, 0, 8, 2)),
     (80, 128): Kernels(Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 0, 8, 2)),
-    (80, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(64, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
-    (86, 256): Kernels(Blocks(64, 32, 32, 8, 2), Blocks(64, 32, 32, 8, 1), Blocks(16, 64, 0, 8, 2)),
+    (80, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(64, 32, 32, 8, 2), Blocks(32, 32, 0, 8, 2)),
+    (86, 256): Kernels(Blocks(64, 32, 32, 8, 2), Blocks(64, 32, 32, 8, 1), Blocks(32, 32, 0, 8, 2)),
     (0, 256): Kernels(Blocks(64, 32, 16, 4, 1), Blocks(64, 32, 16, 4, 1), Blocks(64, 32, 0, 4, 1)),
 }
 # float32 matmuls run as multiply-adds, which need many registers: dQ spills beyond a head dimension of 64.
@@ -94,10 +86,23 @@ def kernels(device: torch.device, dtype: torch.dtype, d: int) -> Kernels:
     return _HALF.get((arch, width)) or _HALF[80, width]
 
 
+@torch.compiler.assume_constant_result
+def _block_sizes(device: torch.device, dtype: torch.dtype, d: int) -> tuple[int, int, int, int, int, int]:
+    forward, dq, dkdv = (getattr(kernels(device, dtype, d), name) for name in ("forward", "dq", "dkdv"))
+    return forward.block_m, forward.edge_n, dq.block_m, dq.edge_n, dkdv.block_n, dkdv.block_m
+
+
 def max_group(q: Tensor) -> int:
     """Query heads of one key/value head that a tile of queries can hold."""
-    configured = kernels(q.device, q.dtype, q.shape[2])
-    return min(configured.forward.block_m, configured.dq.block_m)
+    sizes = _block_sizes(q.device, q.dtype, q.shape[2])
+    return min(sizes[0], sizes[2])
+
+
+def tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
+    """Tokens of a tile's rows and columns, for the lists of the forward, dQ and dK/dV kernels."""
+    group = q.shape[1] // k.shape[1]
+    forward_m, forward_n, dq_m, dq_n, dkdv_n, dkdv_m = _block_sizes(q.device, q.dtype, q.shape[2])
+    return (forward_m // group, forward_n), (dq_m // group, dq_n), (dkdv_n, max(1, dkdv_m // group))
 
 
 def architecture(device: torch.device) -> int:
@@ -123,7 +128,7 @@ def tile_lists(
     A plan's are uploaded by its first layer and kept for the others, until the plan goes. Without a plan, and in a
     compiled graph, where layers share what they compute alike, they are made on the device.
     """
-    tiles = kernels(q.device, q.dtype, q.shape[2]).rows(q.shape[1] // k.shape[1])
+    tiles = tile_sizes(q, k)
     if plan is None or torch.compiler.is_compiling():
         _require_offsets(cu_seqlens, q.shape[0])
         return tuple(device_list(cu_seqlens, q.shape[0], tile, causal, window, i == 2) for i, tile in enumerate(tiles))
@@ -132,6 +137,17 @@ def tile_lists(
     if key not in of_plan:
         of_plan[key] = _upload(plan, plan_lists(plan, q.shape[0], tiles, causal, window), cu_seqlens)
     return of_plan[key]
+
+
+def check_plan(plan: PackPlan, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raises if a plan is not one of these cu_seqlens; on a GPU once for a plan, and without waiting for it.
+
+    Raises:
+        ValueError: the plan has more rows than the pack, or other documents than cu_seqlens.
+    """
+    of_plan = _uploaded.setdefault(plan, {})
+    if (cu_seqlens.device, tokens) not in of_plan:
+        of_plan[cu_seqlens.device, tokens] = _upload(plan, plan_lists(plan, tokens, (), True, None), cu_seqlens)
 
 
 def plan_lists(
@@ -153,23 +169,31 @@ def plan_lists(
     """
     if plan.tokens > tokens:
         raise ValueError(f"plan: got one of {plan.tokens} tokens, expected at most {tokens}, the rows of q")
+    made: dict[tuple[int, int, bool], np.ndarray] = {}
     lists = []
     for i, (rows, cols) in enumerate(tiles):
-        own = plan.tiles(rows, cols, causal=causal, window=window, backward=i == len(tiles) - 1)
-        start = np.arange(plan.tokens, tokens, rows, dtype=np.int32)
-        tail = np.zeros((start.size, _COLUMNS), np.int32)
-        tail[:, :7] = start[:, None]
-        tail[:, 0] = len(plan.cu_seqlens) - 1
-        tail[:, 2] = np.minimum(start + rows, tokens)
-        lists.append(np.concatenate([own, tail]))
+        kind = (rows, cols, i == len(tiles) - 1)
+        if kind not in made:
+            own = plan.tiles(rows, cols, causal=causal, window=window, backward=kind[2])
+            made[kind] = np.concatenate([own, _tail(plan, tokens, rows)]) if plan.tokens < tokens else own
+        lists.append(made[kind])
     return lists
+
+
+def _tail(plan: PackPlan, tokens: int, rows: int) -> np.ndarray:
+    start = np.arange(plan.tokens, tokens, rows, dtype=np.int32)
+    tiles = np.zeros((start.size, _COLUMNS), np.int32)
+    tiles[:, :7] = start[:, None]
+    tiles[:, 0] = len(plan.cu_seqlens) - 1
+    tiles[:, 2] = np.minimum(start + rows, tokens)
+    return tiles
 
 
 def _upload(plan: PackPlan, lists: list[np.ndarray], cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     """One copy, from one pinned buffer, of cu_seqlens and every list."""
     if plan.cu_seqlens.size != cu_seqlens.numel():
         raise ValueError(
-            f"plan: got one of {plan.cu_seqlens.size - 1} documents, expected the {cu_seqlens.numel() - 1} of cu_seqlens"
+            f"plan: got one of {plan.cu_seqlens.size - 1} documents, expected {cu_seqlens.numel() - 1} as in cu_seqlens"
         )
     parts = [plan.cu_seqlens, *(tiles.reshape(-1) for tiles in lists)]
     buffer = torch.from_numpy(np.concatenate(parts))
@@ -231,7 +255,12 @@ def device_list(
     inner = torch.minimum(first[1], last[1])
     full_end = torch.where(inner == length, inner, inner // cols * cols)
     any_full = full_start < full_end
-    spans = (col_start, col_end, torch.where(any_full, full_start, col_start), torch.where(any_full, full_end, col_start))
+    spans = (
+        col_start,
+        col_end,
+        torch.where(any_full, full_start, col_start),
+        torch.where(any_full, full_end, col_start),
+    )
     seen = found < documents
     columns = [base + torch.where(seen, span, row) for span in spans]
     # Rows times columns stands for the area: it orders the tiles and nothing else.

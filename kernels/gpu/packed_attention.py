@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_tiles import Blocks, architecture, kernels, padded_head_dim
+from .attention_tiles import Blocks, architecture, kernels, padded_head_dim, tile_sizes
 from .packed_attention_backward import dkdv_kernel, dq_kernel
 from .packed_attention_forward import forward_kernel
 from .workload import Workload, meta
@@ -50,7 +50,7 @@ def packed_attention(
     tokens, kv_heads, d = k.shape
     rows = tokens * (q.shape[1] // kv_heads)
     lse = torch.empty((_lse_parts(q.dtype), kv_heads, rows), dtype=torch.float32, device=q.device)
-    if forward_tiles.shape[0] == 0:
+    if tokens == 0:
         return out, lse
     blocks = kernels(q.device, q.dtype, d).forward
     descriptors = _key_descriptors(k, v, blocks.block_n)
@@ -80,7 +80,7 @@ def packed_attention_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     q, k, v, out, dout = (_readable(x, q.shape[1] // k.shape[1]) for x in (q, k, v, out, dout))
     tokens, kv_heads, d = k.shape
-    if dq_tiles.shape[0] == 0:
+    if tokens == 0:
         return dq, dk, dv
     delta = torch.empty(lse.shape[1:], dtype=torch.float32, device=q.device)
     configured = kernels(q.device, q.dtype, d)
@@ -90,8 +90,8 @@ def packed_attention_backward(
     blocks = configured.dq
     descriptors = _key_descriptors(k, v, blocks.block_n)
     dq_kernel[dq_tiles.shape[0] * kv_heads,](
-        q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, *scalars, *_strides(q, k, v, out, dout), **constants,
-        **_sizes(blocks), EDGE_N=blocks.edge_n, TMA=descriptors[0] is not None,
+        q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, *scalars, *_strides(q, k, v, out, dout),
+        **constants, **_sizes(blocks), EDGE_N=blocks.edge_n, TMA=descriptors[0] is not None,
     )  # fmt: skip
 
     blocks = configured.dkdv
@@ -173,12 +173,13 @@ def _bulk_copies(*tensors: Tensor) -> bool:
     if tensors[0].dtype == torch.float32 or (device.type != "cpu" and architecture(device) < 90):
         return False
     return all(
-        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2]) for x in tensors
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+        for x in tensors
     )
 
 
 def workloads() -> list[Workload]:
-    """An 8k pack of documents up to 2k (mean context 470 tokens): every head dimension, and the options that cost registers.
+    """An 8k pack of documents up to 2k (mean context 470): every head dimension, the options that cost registers.
 
     The programs of the grid are those of documents of 512 tokens.
     """
@@ -186,12 +187,13 @@ def workloads() -> list[Workload]:
     hopper = ("forward_kernel", "dq_kernel", "dkdv_kernel")
     calls = [
         ("D 128", 32, 8, 128, True, 0, 0.0), ("D 64", 32, 8, 64, True, 0, 0.0), ("D 96", 32, 8, 96, True, 0, 0.0),
-        ("D 256, window, softcap", 16, 8, 256, True, 512, 50.0), ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0),
-        ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0), ("D 80", 32, 32, 80, True, 0, 0.0),
+        ("D 256, window, softcap", 16, 8, 256, True, 512, 50.0), ("D 80", 32, 32, 80, True, 0, 0.0),
+        ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0),
+        ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0),
     ]  # fmt: skip
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
         listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)
-    listed += _calls("float32, D 64", 32, 8, 64, True, 0, 0.0, torch.float32, ())
+    listed += _calls("float32, D 64", 8, 1, 64, True, 0, 0.0, torch.float32, ())
     return listed
 
 
@@ -205,8 +207,7 @@ def _calls(
     options = (causal, window, softcap, d**-0.5)
 
     def tiles(index: int) -> Tensor:
-        rows = kernels(q.device, dtype, d).rows(group)[index][0]
-        return meta(16 * math.ceil(512 / rows), 8, dtype=torch.int32)
+        return meta(16 * math.ceil(512 / tile_sizes(q, kv)[index][0]), 8, dtype=torch.int32)
 
     flops = round(4 * d * q_heads * tokens * (470 if causal else 940))
     size, small = tokens * q_heads * d * q.element_size(), tokens * kv_heads * d * q.element_size()

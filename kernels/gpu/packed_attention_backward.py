@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .attention_common import base2_logits, dot, edge_blocks, edge_columns, load, row_offsets, tile_bounds, visible
+from .attention_common import (
+    UNSPECIALIZED,
+    base2_logits,
+    dot,
+    edge_blocks,
+    edge_columns,
+    load,
+    row_offsets,
+    tile_bounds,
+    visible,
+)
 
 
 @triton.jit
@@ -33,7 +43,7 @@ def _dq_step(
     return dot(ds.to(k.dtype), k, dq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def dq_kernel(
     q, k, v, out, dout, lse, dq, delta, k_desc, v_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_gt, stride_gh,
@@ -55,9 +65,7 @@ def dq_kernel(
     # Rows of no document are not read: whatever they hold, their gradients are zero.
     count = tl.where(col_start < col_end, rows, 0)
     q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
-    dout_tile = load(
-        dout + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D
-    )
+    dout_tile = load(dout + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
     out_tile = load(out + row_offsets(local, stride_ot, stride_oh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
     delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     base = (head.to(tl.int64) * tokens + row_start) * GROUP
@@ -99,14 +107,13 @@ def dq_kernel(
             CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, False,
         )  # fmt: skip
 
-    if BLOCK_D == D:
-        stored_2d = stored[:, None]
-    else:
-        stored_2d = stored[:, None] & (d < D)[None, :]
+    stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (d < D)[None, :]
     # dq is contiguous.
     dq += (first * kv_heads + head) * GROUP * D
     tl.store(
-        dq + row_offsets(row, kv_heads * GROUP * D, D, GROUP, D, BLOCK_D), (acc * scale).to(dq.dtype.element_ty), stored_2d
+        dq + row_offsets(row, kv_heads * GROUP * D, D, GROUP, D, BLOCK_D),
+        (acc * scale).to(dq.dtype.element_ty),
+        stored_2d,
     )
 
 
@@ -131,7 +138,7 @@ def _dkdv_step(
     return dot(ds.to(q.dtype), q, dk), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, q_desc, dout_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
@@ -211,10 +218,7 @@ def dkdv_kernel(
             window, m < BLOCK_M, factor, cap, CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, False,
         )  # fmt: skip
 
-    if BLOCK_D == D:
-        stored = (key < row_end)[:, None]
-    else:
-        stored = (key < row_end)[:, None] & (d < D)[None, :]
+    stored = (key < row_end)[:, None] if BLOCK_D == D else (key < row_end)[:, None] & (d < D)[None, :]
     # dk and dv are contiguous.
     at = (first * kv_heads + head) * D
     offsets = row[:, None] * (kv_heads * D) + d[None, :]

@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .attention_common import base2_logits, dot, edge_blocks, edge_columns, load, row_offsets, tile_bounds, visible
+from .attention_common import (
+    UNSPECIALIZED,
+    base2_logits,
+    dot,
+    edge_blocks,
+    edge_columns,
+    load,
+    row_offsets,
+    tile_bounds,
+    visible,
+)
 
 
 @triton.jit
@@ -32,7 +42,7 @@ def _forward_step(
     return acc, new_max, row_sum * keep + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     q, k, v, out, lse, k_desc, v_desc, tiles, factor, cap, window, tokens, kv_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
@@ -40,6 +50,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """Output and lse of a tile of queries."""
     head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
 
     row = tl.arange(0, BLOCK_M)
@@ -49,7 +60,7 @@ def forward_kernel(
     query = row_start + local // GROUP
     first, first_head = row_start.to(tl.int64), head.to(tl.int64) * GROUP
     q += first * stride_qt + first_head * stride_qh
-    q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), row, rows, False, D, BLOCK_D)
+    q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, rows, True, D, BLOCK_D)
 
     k += head.to(tl.int64) * stride_kh
     v += head.to(tl.int64) * stride_vh
@@ -91,10 +102,7 @@ def forward_kernel(
     acc = acc / row_sum[:, None]
     out += first * stride_ot + first_head * stride_oh
     stored = row < rows
-    if BLOCK_D == D:
-        stored_2d = stored[:, None]
-    else:
-        stored_2d = stored[:, None] & (d < D)[None, :]
+    stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (d < D)[None, :]
     tl.store(out + row_offsets(row, stride_ot, stride_oh, GROUP, D, BLOCK_D), acc.to(out.dtype.element_ty), stored_2d)
     lse += (head.to(tl.int64) * tokens + row_start) * GROUP
     log_sum = tl.log2(row_sum)

@@ -54,7 +54,11 @@ def test_a_plan_is_uploaded_once_for_each_window() -> None:
 
 def test_a_plan_of_other_documents_is_refused() -> None:
     q, k, cu_seqlens = torch.zeros(8, 2, 4), torch.zeros(8, 1, 4), torch.tensor([0, 6], dtype=torch.int32)
-    for bounds, got in (([0, 5], r"got one of cu_seqlens \[0, 5\]"), ([0, 9], "got one of 9"), ([0, 4, 6], "got one of 2")):
+    for bounds, got in (
+        ([0, 5], r"got one of cu_seqlens \[0, 5\]"),
+        ([0, 9], "got one of 9"),
+        ([0, 4, 6], "got one of 2"),
+    ):
         with pytest.raises(ValueError, match=f"plan: {got}"):
             tile_lists(q, k, cu_seqlens, PackPlan(np.array(bounds, np.int32)), True, None)
 

@@ -37,7 +37,7 @@ PACKS = [
     ([0], 5, 2, 1, 8),
     ([0, 1], 1, 1, 1, 1),
     (BOUNDS, TOKENS, 4, 2, 7),
-    ([0, 130, 131, 300], 310, 6, 2, 17),
+    ([0, 90, 91, 200], 210, 6, 2, 17),
     ([0, 70], 70, 2, 1, 256),
     ([0, 150, 235], 235, 3, 3, 64),
 ]
@@ -62,7 +62,9 @@ def _check(inputs: list[Tensor], bounds: list[int], backend: Backend = CPP, **op
     def attend(name: str) -> Any:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cu_seqlens = _cu_seqlens(bounds).to(q.device)
-            return packed_attention(q, k, v, cu_seqlens, plan=plan if name != "reference" else None, backend=name, **options)
+            return packed_attention(
+                q, k, v, cu_seqlens, plan=plan if name != "reference" else None, backend=name, **options
+            )
 
         return run
 
@@ -78,9 +80,7 @@ def _gradients(inputs: list[Tensor], bounds: list[int], backend: Backend = CPP, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pack", PACKS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_reference(
-    backend: Backend, pack: tuple[list[int], int, int, int, int], dtype: torch.dtype
-) -> None:
+def test_matches_reference(backend: Backend, pack: tuple[list[int], int, int, int, int], dtype: torch.dtype) -> None:
     bounds, *sizes = pack
     _check(_inputs(*sizes, dtype), bounds, backend)
 
@@ -121,9 +121,12 @@ def test_matches_reference_with_options(
     backend: Backend, causal: bool, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
     options = {"causal": causal, "window": window, "softcap": softcap}
-    plan = PackPlan(_cu_seqlens(BOUNDS).numpy())
-    _check(_inputs(TOKENS, 4, 2, 7, dtype), BOUNDS, backend, scale=0.5, plan=plan, **options)
-    _check(_inputs(210, 2, 1, 16, dtype), [0, 9, 200], backend, scale=-0.25, **options)
+    # The interpreter is slow: one of the two for each dtype.
+    if backend.device != "cpu" or backend.name == "cpp" or dtype == torch.float32:
+        plan = PackPlan(_cu_seqlens(BOUNDS).numpy())
+        _check(_inputs(TOKENS, 4, 2, 7, dtype), BOUNDS, backend, scale=0.5, plan=plan, **options)
+    if backend.device != "cpu" or backend.name == "cpp" or dtype == torch.bfloat16:
+        _check(_inputs(130, 2, 1, 16, dtype), [0, 9, 120], backend, scale=-0.25, **options)
 
 
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 600), (False, 600)])
@@ -142,7 +145,9 @@ def test_views_of_a_fused_projection(backend: Backend, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("planned", [False, True])
-@pytest.mark.parametrize("backend", [*BACKENDS, Backend("reference", "cpu")], ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    "backend", [*BACKENDS, Backend("reference", "cpu")], ids=lambda value: getattr(value, "name", value)
+)
 def test_rows_past_the_last_document_are_not_read(backend: Backend, planned: bool) -> None:
     inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
     with torch.no_grad():
@@ -182,7 +187,7 @@ def test_large_logits_stay_finite(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", TRITON)
 def test_triton_repeats_bitwise_and_does_not_depend_on_the_plan(backend: Backend) -> None:
-    inputs, bounds = _inputs(150, 4, 2, 16, torch.bfloat16), [0, 3, 120, 140]
+    inputs, bounds = _inputs(110, 4, 2, 16, torch.bfloat16), [0, 3, 90, 100]
     plan = PackPlan(_cu_seqlens(bounds).numpy())
     runs = [_gradients(inputs, bounds, backend, plan=p) for p in (None, plan, plan)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
@@ -219,20 +224,17 @@ def test_opcheck(bounds: list[int]) -> None:
     )
 
 
-@pytest.mark.parametrize("bounds", [BOUNDS, [0]])
 @pytest.mark.parametrize("backend", TRITON)
-def test_opcheck_triton(backend: Backend, bounds: list[int]) -> None:
-    q, k, v = (x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32))
-    tiles = tile_lists(q, k, _cu_seqlens(bounds).to(backend.device), None, True, 9)
+def test_opcheck_triton(backend: Backend) -> None:
+    q, k, v = (x.detach().to(backend.device).requires_grad_() for x in _inputs(20, 2, 1, 8, torch.float32))
+    tiles = tile_lists(q, k, _cu_seqlens([0, 4, 4, 18]).to(backend.device), None, True, 9)
     options = (*tiles[1:], True, 9, 2.0, 0.3)
     op = torch.ops.forge_triton.packed_attention
     torch.library.opcheck(op.default, (q, k, v, tiles[0], *options), test_utils=OPCHECKS)
     q, k, v = (x.detach() for x in (q, k, v))
     out, lse = op(q, k, v, tiles[0], *options)
     backward = torch.ops.forge_triton.packed_attention_backward
-    torch.library.opcheck(
-        backward.default, (torch.randn_like(q), q, k, v, out, lse, *options), test_utils=OPCHECKS
-    )
+    torch.library.opcheck(backward.default, (torch.randn_like(q), q, k, v, out, lse, *options), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -255,9 +257,7 @@ def test_compiles_without_graph_break(backend: Backend, planned: bool) -> None:
 def test_activation_checkpointing(backend: Backend) -> None:
     inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
     cu_seqlens = _cu_seqlens(BOUNDS).to(backend.device)
-    expected = torch.autograd.grad(
-        packed_attention(*inputs, cu_seqlens, backend=backend.name).square().sum(), inputs
-    )
+    expected = torch.autograd.grad(packed_attention(*inputs, cu_seqlens, backend=backend.name).square().sum(), inputs)
     out = checkpoint(packed_attention, *inputs, cu_seqlens, use_reentrant=False, backend=backend.name)
     actual = torch.autograd.grad(out.square().sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
@@ -296,7 +296,7 @@ def test_gradcheck_reference(causal: bool, window: int | None, softcap: float | 
 
 
 def test_triton_says_what_it_cannot_take() -> None:
-    with pytest.raises(ValueError, match="triton: .*takes head dimensions up to 256, got 257"):
+    with pytest.raises(ValueError, match=r"triton: .*takes head dimensions up to 256, got 257"):
         packed_attention(*[torch.ones(4, 2, 257)] * 3, _cu_seqlens([0, 4]), backend="triton")
 
 
