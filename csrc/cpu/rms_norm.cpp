@@ -16,14 +16,11 @@ struct RmsNormKernels {
 namespace FORGE_ISA {
 namespace {
 
-// The sum over [0, d) of what `part` gives for each block: a long float32 sum rounds every term to the size of the total.
-template <class F>
-float sum_of_blocks(int64_t d, const F& part) {
-  constexpr int64_t kBlock = 1024;
-  double sum = 0;
-  for (int64_t from = 0; from < d; from += kBlock) sum += part(from, from + kBlock < d ? from + kBlock : d);
-  return static_cast<float>(sum);
-}
+// Elements that are summed in float32; the sums of blocks are added in float64. One long float32 sum would round every
+// term to the size of the total.
+constexpr int64_t kBlock = 1024;
+
+inline int64_t block_end(int64_t from, int64_t d) { return from + kBlock < d ? from + kBlock : d; }
 
 template <class T>
 void forward(const T* x, const T* weight, T* y, float* rstd, int64_t begin, int64_t end, int64_t d, float eps,
@@ -31,13 +28,15 @@ void forward(const T* x, const T* weight, T* y, float* rstd, int64_t begin, int6
   for (int64_t row = begin; row < end; ++row) {
     const T* xr = x + row * d;
     T* yr = y + row * d;
-    const float sum = sum_of_blocks(d, [&](int64_t from, int64_t to) {
+    double sum = 0;
+    for (int64_t from = 0; from < d; from += kBlock) {
+      const int64_t to = block_end(from, d);
       float part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t i = from; i < to; ++i) part += to_float(xr[i]) * to_float(xr[i]);
-      return part;
-    });
-    const float r = 1.0f / __builtin_sqrtf(sum / static_cast<float>(d) + eps);
+      sum += static_cast<double>(part);
+    }
+    const float r = 1.0f / __builtin_sqrtf(static_cast<float>(sum) / static_cast<float>(d) + eps);
     rstd[row] = r;
 #pragma omp simd
     for (int64_t i = 0; i < d; ++i) yr[i] = from_float<T>(to_float(xr[i]) * r * (to_float(weight[i]) + offset));
@@ -56,13 +55,15 @@ void backward(const T* dy, const T* x, const T* weight, const float* rstd, T* dx
     const T* xr = x + row * d;
     T* dxr = dx + row * d;
     const float r = rstd[row];
-    const float dot = sum_of_blocks(d, [&](int64_t from, int64_t to) {
+    double dot = 0;
+    for (int64_t from = 0; from < d; from += kBlock) {
+      const int64_t to = block_end(from, d);
       float part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t i = from; i < to; ++i) part += to_float(dyr[i]) * (to_float(weight[i]) + offset) * to_float(xr[i]);
-      return part;
-    });
-    const float coefficient = r * r * r * dot / static_cast<float>(d);
+      dot += static_cast<double>(part);
+    }
+    const float coefficient = r * r * r * static_cast<float>(dot) / static_cast<float>(d);
 #pragma omp simd
     for (int64_t i = 0; i < d; ++i) {
       const float g = to_float(dyr[i]) * (to_float(weight[i]) + offset);
