@@ -65,6 +65,7 @@ const RegisterKernels<TokenLogprobKernels<bf16>> register_bf16({&forward<bf16>, 
 
 #include "cpu/counted_rows.h"
 #include "cpu/linear_head.h"
+#include "cpu/streamed_rows.h"
 
 namespace forge {
 namespace {
@@ -79,6 +80,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs(const Tensor& hidden_an
   const size_t count = kept.count();
   std::vector<float> compact(4 * count);  // logprob, entropy, max, log_sum of the kept rows
   dispatch_float_bf16(hidden, "hidden", [&]<class T>() {
+    if (head_can_stream(hidden)) {
+      stream_rows(hidden, lm_head, kept.rows, kept.targets, static_cast<float>(softcap),
+                  static_cast<float>(temperature), false, [&](int64_t row, const StreamedRow& softmax) {
+                    const size_t i = static_cast<size_t>(row);
+                    compact[i] = static_cast<float>((softmax.y_target - softmax.max) - softmax.log_sum);
+                    compact[count + i] = static_cast<float>(softmax.entropy);
+                    compact[2 * count + i] = static_cast<float>(softmax.max);
+                    compact[3 * count + i] = static_cast<float>(softmax.log_sum);
+                    return StreamedGradient{};
+                  });
+      return;
+    }
     LinearHeadChunks<T> chunks(hidden, lm_head, kept.rows, false, false);
     for (int64_t chunk = 0; chunk < chunks.chunks(); ++chunk) {
       const int64_t first = chunks.first(chunk);

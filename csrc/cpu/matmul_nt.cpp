@@ -2,12 +2,7 @@
 #include "cpu/matmul_nt.h"
 
 #if FORGE_ISA_LEVEL == 2
-#include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 reports the deliberately undefined operand inside its own unpack and shuffle intrinsics (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+#include "cpu/bf16_block.h"
 #endif
 
 namespace forge {
@@ -16,104 +11,20 @@ namespace {
 
 #if FORGE_ISA_LEVEL == 2
 
-// The rest of this compilation must run on CPUs without AVX512-BF16, hence the attribute instead of a compiler flag.
-#define FORGE_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-
-constexpr int64_t kMaxPairs = 384;  // depth of one block, in pairs: 48 columns of it are 72 KiB, well inside L2
-
-// Transposes 16 rows of 16 pairs, rows `stride` elements apart, to packed[pair * 48 + row].
-FORGE_BF16_TARGET inline void transpose_16x16(const bf16* source, int64_t stride, uint32_t* packed) {
-  __m512i x[16], y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(source + i * stride);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    x[4 * i + 0] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
-    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
-  }
-  // x[4 * g + c] holds, in 128-bit lane l, pair 4 * l + c of rows 4 * g .. 4 * g + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x44);
-    const __m512i high01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xee);
-    const __m512i low23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x44);
-    const __m512i high23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xee);
-    _mm512_storeu_si512(packed + (0 + c) * kNtColumns, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_storeu_si512(packed + (4 + c) * kNtColumns, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-    _mm512_storeu_si512(packed + (8 + c) * kNtColumns, _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_storeu_si512(packed + (12 + c) * kNtColumns, _mm512_shuffle_i32x4(high01, high23, 0xdd));
-  }
-}
-
-// packed[pair * 48 + column] = the two elements of that pair in row `column` of b [columns, >= depth], zero outside.
-FORGE_BF16_TARGET void pack(const bf16* b, int64_t stride, int64_t columns, int64_t depth, uint32_t* packed) {
-  const int64_t whole = columns == kNtColumns ? depth / 32 * 16 : 0;  // pairs that the transpose handles
-  for (int64_t pair = 0; pair < whole; pair += 16) {
-    for (int64_t column = 0; column < kNtColumns; column += 16) {
-      transpose_16x16(b + column * stride + 2 * pair, stride, packed + pair * kNtColumns + column);
-    }
-  }
-  for (int64_t pair = whole; pair < (depth + 1) / 2; ++pair) {
-    for (int64_t column = 0; column < kNtColumns; ++column) {
-      const bf16* source = b + column * stride + 2 * pair;
-      const uint32_t low = column < columns ? source[0].bits : 0u;
-      const uint32_t high = column < columns && 2 * pair + 1 < depth ? source[1].bits : 0u;
-      packed[pair * kNtColumns + column] = low | high << 16;
-    }
-  }
-}
-
-// 8 x 48 block of C, 24 accumulators; adds to C unless `first`.
-FORGE_BF16_TARGET inline void block_8x48(const bf16* a, int64_t lda, const uint32_t* packed, int64_t pairs, float* c,
-                                         int64_t ldc, bool first) {
-  __m512 sum[kNtRows][3];
-#pragma GCC unroll 8
-  for (int r = 0; r < kNtRows; ++r) {
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) sum[r][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * ldc + 16 * j);
-  }
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    __m512bh columns[3];
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) columns[j] = (__m512bh)_mm512_loadu_si512(packed + pair * kNtColumns + 16 * j);
-#pragma GCC unroll 8
-    for (int r = 0; r < kNtRows; ++r) {
-      int32_t both;
-      __builtin_memcpy(&both, a + r * lda + 2 * pair, sizeof(both));
-      const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], row, columns[j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kNtRows; ++r) {
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sum[r][j]);
-  }
-}
-
 FORGE_BF16_TARGET void panels(const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, int64_t rows, int64_t n,
                               int64_t k, int64_t begin, int64_t end) {
   alignas(64) uint32_t packed[kMaxPairs * kNtColumns];
-  const int64_t blocks = (lda / 2 + kMaxPairs - 1) / kMaxPairs;
-  const int64_t pairs_per_block = blocks == 0 ? 0 : round_up((lda / 2 + blocks - 1) / blocks, 16);
+  const int64_t pairs_per_block = block_pairs(lda / 2);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t column = panel * kNtColumns;
     const int64_t columns = n - column < kNtColumns ? n - column : kNtColumns;
-    for (int64_t first = 0; first < lda / 2 || first == 0; first += pairs_per_block > 0 ? pairs_per_block : 1) {
+    for (int64_t first = 0; first < lda / 2 || first == 0; first += pairs_per_block) {
       const int64_t left = lda / 2 - first;
       const int64_t pairs = left < pairs_per_block ? left : pairs_per_block;
       const int64_t depth = k - 2 * first < 2 * pairs ? k - 2 * first : 2 * pairs;
       pack(b + column * k + 2 * first, k, columns, depth, packed);
       for (int64_t row = 0; row < rows; row += kNtRows) {
-        block_8x48(a + row * lda + 2 * first, lda, packed, pairs, c + row * ldc + column, ldc, first == 0);
+        block_8x48(a + row * lda + 2 * first, lda, 2, packed, pairs, c + row * ldc + column, ldc, first == 0);
       }
     }
   }

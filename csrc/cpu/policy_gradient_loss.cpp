@@ -1,6 +1,7 @@
-// policy_gradient_loss: what a token's loss is depends on its own logits alone, so its dlogits are written over its
-// logits while they are in the second-level cache: one matmul for the logits and one for each gradient. With a ratio per
-// sequence the gradient waits for the sequence's last token, and the logits are computed a second time.
+// policy_gradient_loss: what a token's loss is depends on its own logits alone. Over a frozen bfloat16 head they are
+// never in memory (streamed_rows.h); otherwise a row's dlogits are written over its logits while they are in the
+// second-level cache. One matmul for the logits and one for each gradient. With a ratio per sequence the gradient waits
+// for the sequence's last token, and the logits are computed a second time.
 #include "cpu/token_logprobs.h"
 
 #if FORGE_ISA_LEVEL == 0
@@ -11,6 +12,7 @@
 
 #include "cpu/counted_rows.h"
 #include "cpu/linear_head.h"
+#include "cpu/streamed_rows.h"
 
 namespace forge {
 namespace {
@@ -86,8 +88,13 @@ struct PolicyRows {
     dentropy[i] = static_cast<float>(-inverse * weight(i) * options.entropy_coef);
   }
 
-  // The ratio of a sequence is the geometric mean of its tokens' ratios. Returns the rows that the documents hold.
-  size_t finish_sequences(const int32_t* cu_seqlens, int64_t documents) {
+  void finish_token(size_t i) {
+    set_term(i, log_ratio(i));
+    set_gradient(i, weight(i) * term[i].slope);
+  }
+
+  // The ratio of a sequence is the geometric mean of its tokens' ratios.
+  void finish_sequences(const int32_t* cu_seqlens, int64_t documents) {
     size_t begin = 0, end = 0;
     for (int64_t document = 0; document < documents; ++document, begin = end) {
       double sum = 0, slope = 0;
@@ -99,7 +106,9 @@ struct PolicyRows {
       }
       for (size_t i = begin; i < end; ++i) set_gradient(i, slope / length);
     }
-    return end;
+    FORGE_CHECK(end == counted.count(), "cu_seqlens",
+                "an end of " << cu_seqlens[documents] << " before row " << counted.rows[end] << ", which counts",
+                "every row that counts inside a document");
   }
 };
 
@@ -144,6 +153,21 @@ std::tuple<Tensor, Tensor> run(const Tensor& hidden, const Tensor& lm_head, cons
                                bool need_dhidden, bool need_dhead) {
   const bool gradient = need_dhidden || need_dhead;
   const bool by_sequence = rows.options.objective == Objective::kSequenceClip;
+  if (head_can_stream(hidden) && !need_dhead && !(need_dhidden && (by_sequence || rows.options.entropy_coef != 0))) {
+    const Tensor dhidden =
+        stream_rows(hidden, lm_head, rows.counted.rows, rows.counted.targets, softcap, temperature, need_dhidden,
+                    [&](int64_t row, const StreamedRow& softmax) {
+                      const size_t i = static_cast<size_t>(row);
+                      rows.logprob[i] = static_cast<float>((softmax.y_target - softmax.max) - softmax.log_sum);
+                      rows.entropy[i] = static_cast<float>(softmax.entropy);
+                      if (by_sequence) return StreamedGradient{};
+                      rows.finish_token(i);
+                      const double slope = static_cast<double>(rows.dlogprob[i]);
+                      return StreamedGradient{-slope, slope};
+                    });
+    if (by_sequence) rows.finish_sequences(data<int32_t>(cu_seqlens), documents);
+    return {dhidden, new_tensor({0}, hidden.scalar_type())};
+  }
   const auto& loops = kernels<TokenLogprobKernels<T>>();
   LinearHeadChunks<T> chunks(hidden, lm_head, rows.counted.rows, need_dhidden, need_dhead);
   const auto rows_of = [&](int64_t chunk, float* z) {
@@ -165,19 +189,14 @@ std::tuple<Tensor, Tensor> run(const Tensor& hidden, const Tensor& lm_head, cons
         loops.forward(block, row, row + 1);
         if (by_sequence) continue;
         const size_t i = static_cast<size_t>(first + row);
-        rows.set_term(i, rows.log_ratio(i));
-        rows.set_gradient(i, rows.weight(i) * rows.term[i].slope);
+        rows.finish_token(i);
         if (gradient) write_dlogits(block, first, true, row, row + 1);
       }
     });
     if (gradient && !by_sequence) chunks.backward(chunk);
   }
   if (by_sequence) {
-    const size_t held = rows.finish_sequences(data<int32_t>(cu_seqlens), documents);
-    FORGE_CHECK(held == rows.counted.count(), "cu_seqlens",
-                "an end of " << data<int32_t>(cu_seqlens)[documents] << " before row " << rows.counted.rows[held]
-                             << ", which counts",
-                "every row that counts inside a document");
+    rows.finish_sequences(data<int32_t>(cu_seqlens), documents);
     for (int64_t chunk = 0; chunk < chunks.chunks() && gradient; ++chunk) {
       const TokenLogprobRows block = rows_of(chunk, chunks.logits(chunk));
       torch::stable::parallel_for(0, chunks.size(chunk), 1, [&](int64_t begin, int64_t end) {

@@ -65,7 +65,7 @@ inline RowSums sum_row(float* z, int64_t vocab, float softcap, float scale) {
 #pragma omp simd reduction(+ : exp_sum, sum, exp_shift_sum)
     for (int64_t i = 0; i < size; ++i) {
       const float shifted = block[i] - shift;
-      const float e = exp_approx(shifted);
+      const float e = exp_nonpositive(shifted);
       exp_sum += e;
       sum += block[i];
       exp_shift_sum += e * shifted;

@@ -78,6 +78,25 @@ inline float exp_approx(float x) {
   return value;
 }
 
+// e^x for x <= 0, as exp_approx and with half its instructions; 2^-126 instead of smaller results.
+inline float exp_nonpositive(float x) {
+  const float clamped = x < -87.3f ? -87.3f : x;
+  const float n = (clamped * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440054690583e-4f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
 // tanh(x), relative error below 4 float32 ulp: the Taylor polynomial below |x| = 0.35, (1 - t) / (1 + t) with t = e^-2|x|
 // above it. Both are evaluated, so that the loop stays free of branches.
 inline float tanh_approx(float x) {

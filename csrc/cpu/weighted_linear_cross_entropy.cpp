@@ -1,6 +1,7 @@
-// weighted_linear_cross_entropy: loss, statistics per source and both gradients in one pass over chunks of rows. The
-// weights and their sum are known before the loss, so a row's dlogits are written over its logits while they are in
-// the second-level cache; the backward of autograd only scales.
+// weighted_linear_cross_entropy: loss, statistics per source and both gradients in one pass. The weights and their sum
+// are known before the loss, so dlogits follow logits at once and the backward of autograd only scales. Over a frozen
+// bfloat16 head the logits are never in memory (streamed_rows.h); otherwise they come in chunks of rows, and a row's
+// dlogits are written over its logits while they are in the second-level cache.
 #include "cpu/softmax_row.h"
 
 namespace forge {
@@ -74,6 +75,7 @@ const RegisterKernels<CrossEntropyKernels<bf16>> register_bf16({&rows<bf16>});
 
 #include "cpu/counted_rows.h"
 #include "cpu/linear_head.h"
+#include "cpu/streamed_rows.h"
 
 namespace forge {
 namespace {
@@ -117,21 +119,35 @@ Outputs weighted_linear_cross_entropy(const Tensor& hidden_any, const Tensor& lm
   const CrossEntropyOptions options{static_cast<float>(softcap), static_cast<float>(z_loss),
                                     static_cast<float>(label_smoothing), need_dhidden || need_dhead};
   Tensor dhidden = hidden, dhead = lm_head;
-  dispatch_float_bf16(hidden, "hidden", [&]<class T>() {
-    LinearHeadChunks<T> chunks(hidden, lm_head, counted.rows, need_dhidden, need_dhead);
-    for (int64_t chunk = 0; chunk < chunks.chunks(); ++chunk) {
-      float* z = chunks.logits(chunk);
-      const int64_t first = chunks.first(chunk);
-      torch::stable::parallel_for(0, chunks.size(chunk), 1, [&](int64_t begin, int64_t end) {
-        kernels<CrossEntropyKernels<T>>().rows(z, chunks.stride(), vocab, counted.targets.data() + first,
-                                               scale.data() + first, nll.data() + first, token_loss.data() + first,
-                                               correct + first, options, begin, end);
-      });
-      if (options.gradient) chunks.backward(chunk);
-    }
-    dhidden = chunks.dhidden();
-    dhead = chunks.dhead();
-  });
+  if (head_can_stream(hidden) && !need_dhead && label_smoothing == 0) {
+    dhidden = stream_rows(hidden, lm_head, counted.rows, counted.targets, options.softcap, 1.0f, need_dhidden,
+                          [&](int64_t i, const StreamedRow& row) {
+                            const double log_z = row.max + row.log_sum;
+                            const double row_nll = row.log_sum + (row.max - row.y_target);
+                            nll[i] = static_cast<float>(row_nll);
+                            token_loss[i] = static_cast<float>(row_nll + z_loss * log_z * log_z);
+                            correct[i] = row.correct;
+                            const double weight = static_cast<double>(scale[i]);
+                            return StreamedGradient{weight * (1.0 + 2.0 * z_loss * log_z), -weight};
+                          });
+    dhead = new_tensor({0}, hidden.scalar_type());
+  } else {
+    dispatch_float_bf16(hidden, "hidden", [&]<class T>() {
+      LinearHeadChunks<T> chunks(hidden, lm_head, counted.rows, need_dhidden, need_dhead);
+      for (int64_t chunk = 0; chunk < chunks.chunks(); ++chunk) {
+        float* z = chunks.logits(chunk);
+        const int64_t first = chunks.first(chunk);
+        torch::stable::parallel_for(0, chunks.size(chunk), 1, [&](int64_t begin, int64_t end) {
+          kernels<CrossEntropyKernels<T>>().rows(z, chunks.stride(), vocab, counted.targets.data() + first,
+                                                 scale.data() + first, nll.data() + first, token_loss.data() + first,
+                                                 correct + first, options, begin, end);
+        });
+        if (options.gradient) chunks.backward(chunk);
+      }
+      dhidden = chunks.dhidden();
+      dhead = chunks.dhead();
+    });
+  }
 
   // Row by row in double: the result depends neither on the chunks nor on the number of threads.
   std::vector<double> nll_sum(num_sources), weight_sum(num_sources);

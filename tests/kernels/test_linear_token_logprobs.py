@@ -6,11 +6,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import linear_token_logprobs, reference
+from tests.kernels.linear_head_cases import DEEP_SIZES, SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
-# tokens, hidden, vocab: one of each, odd sizes, several chunks of at most 512 rows, no tokens at all.
-SIZES = [(1, 1, 1), (1, 7, 5), (9, 33, 49), (70, 64, 515), (1100, 24, 130), (0, 8, 16)]
 OPTIONS = [{}, {"temperature": 0.7}, {"temperature": 1.5, "softcap": 2.0}]
 
 
@@ -43,7 +42,7 @@ def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, DEEP_SIZES[1], *STREAMED_SIZES])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
     check_op(_op(**options), _reference(**options), _inputs(*size, dtype))

@@ -7,11 +7,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import PolicyLoss, linear_token_logprobs, policy_gradient_loss, reference
+from tests.kernels.linear_head_cases import SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
-# tokens, hidden, vocab: one of each, odd sizes, several chunks of at most 512 rows, no tokens at all.
-SIZES = [(1, 1, 1), (1, 7, 5), (9, 33, 49), (70, 64, 515), (1100, 24, 130), (0, 8, 16)]
 OBJECTIVES = ["clip", "sequence_clip", "cispo", "reinforce"]
 WIDE = {"clip_low": 0.6, "clip_high": 1.0}  # bounds far enough apart that log-ratios inside them are of order one
 FULL = WIDE | {"kl_coef": 0.3, "entropy_coef": 0.2, "temperature": 1.3, "softcap": 3.0}
@@ -71,7 +70,8 @@ def _reference(objective: str, **options: float) -> Callable[..., tuple[Tensor, 
 
 def _gradients(inputs: list, objective: str = "clip", **options: float) -> tuple[Tensor, ...]:
     outputs = _op(objective, **options)(*inputs)
-    return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], inputs[:2]))
+    trained = [x for x in inputs[:2] if x.requires_grad]
+    return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], trained))
 
 
 def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
@@ -87,13 +87,23 @@ def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, objec
     check_op(_op(objective, **FULL), _reference(objective, **FULL), inputs)
 
 
+@pytest.mark.parametrize("size", [*SIZES, *STREAMED_SIZES])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_matches_reference_over_a_frozen_head(size: tuple[int, int, int], objective: str) -> None:
+    for options in (WIDE, FULL | {"entropy_coef": 0.0}, FULL):
+        softmax = {key: options[key] for key in ("temperature", "softcap") if key in options}
+        inputs = _inputs(*size, torch.bfloat16, **softmax)
+        inputs[1].requires_grad_(False)
+        check_op(_op(objective, **options), _reference(objective, **options), inputs)
+    with torch.no_grad():
+        check_op(_op(objective, **FULL), _reference(objective, **FULL), inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("objective", ["clip", "sequence_clip"])
-def test_matches_reference_with_frozen_parts(dtype: torch.dtype, objective: str) -> None:
-    for frozen in (0, 1):
-        inputs = _inputs(40, 20, 60, dtype)
-        inputs[frozen].requires_grad_(False)
-        check_op(_op(objective, entropy_coef=0.1), _reference(objective, entropy_coef=0.1), inputs)
+def test_matches_reference_over_frozen_hidden(dtype: torch.dtype) -> None:
+    inputs = _inputs(40, 20, 60, dtype)
+    inputs[0].requires_grad_(False)
+    check_op(_op("clip", entropy_coef=0.1), _reference("clip", entropy_coef=0.1), inputs)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -211,16 +221,17 @@ def test_rows_that_do_not_count_may_hold_anything(objective: str, backend: str) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("objective", ["clip", "sequence_clip"])
-def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype, objective: str) -> None:
+def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype, objective: str, frozen: bool) -> None:
     inputs = _inputs(1100, 72, 1000, dtype)
+    inputs[1].requires_grad_(not frozen)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = _gradients(inputs, objective, entropy_coef=0.1)
+        one = _gradients(inputs, objective)
         torch.set_num_threads(2)
-        assert _equal(_gradients(inputs, objective, entropy_coef=0.1), one)
-        assert _equal(_gradients(inputs, objective, entropy_coef=0.1), one)
+        assert _equal(_gradients(inputs, objective), one) and _equal(_gradients(inputs, objective), one)
     finally:
         torch.set_num_threads(threads)
 

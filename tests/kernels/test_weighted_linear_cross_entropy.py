@@ -6,12 +6,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import MixingLoss, reference, weighted_linear_cross_entropy
+from tests.kernels.linear_head_cases import DEEP_SIZES, SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
-# tokens, hidden, vocab: one of each, odd sizes around the 8 x 48 blocks and the 512 logits of a block, several chunks
-# of at most 512 rows, hidden deeper than one block of the matmul, no tokens at all.
-SIZES = [(1, 1, 1), (1, 7, 5), (9, 33, 49), (70, 64, 515), (1100, 24, 130), (20, 901, 96), (0, 8, 16)]
 OPTIONS = [{}, {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.2}]
 
 
@@ -45,7 +43,8 @@ def _reference(
 
 def _gradients(inputs: list, **options: float) -> tuple[Tensor, ...]:
     outputs = _op(**options)(*inputs)
-    return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], inputs[:2]))
+    trained = [x for x in inputs[:2] if x.requires_grad]
+    return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], trained))
 
 
 def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
@@ -53,13 +52,23 @@ def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *DEEP_SIZES])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
     inputs = _inputs(*size, dtype)
     check_op(_op(**options), _reference(**options), inputs)
     # A normalizer of about one pack keeps the gradients of order one over tokens, as the default does.
     check_op(_op(**options), _reference(**options), [*inputs[:3], None, None, torch.tensor(size[0] + 1.0)])
+
+
+@pytest.mark.parametrize("size", [*SIZES, *DEEP_SIZES, *STREAMED_SIZES])
+@pytest.mark.parametrize("options", [*OPTIONS, {"softcap": 2.0, "z_loss": 0.1}])
+def test_matches_reference_over_a_frozen_head(size: tuple[int, int, int], options: dict) -> None:
+    inputs = _inputs(*size, torch.bfloat16)
+    inputs[1].requires_grad_(False)
+    check_op(_op(**options), _reference(**options), inputs)
+    with torch.no_grad():
+        assert _equal(_op(**options)(*inputs)[1:], tuple(x.detach() for x in _op(**options)(*inputs))[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,6 +157,16 @@ def test_rows_that_do_not_count_may_hold_anything(backend: str) -> None:
     assert loss.isfinite() and dhead.isfinite().all() and not dhidden[[3, 5]].any() and dhidden.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_nan_reaches_the_loss_and_its_own_row_only(dtype: torch.dtype, trained: bool) -> None:
+    h, head, targets, *_ = _inputs(40, 16, 30, dtype)
+    h = h.detach().index_fill(0, torch.tensor([4]), float("nan")).requires_grad_()
+    loss = weighted_linear_cross_entropy(h, head.requires_grad_(trained), targets, normalizer=1, backend="cpp").loss
+    dhidden = torch.autograd.grad(loss, h)[0]
+    assert loss.isnan() and dhidden[4].isnan().all() and dhidden[torch.arange(40) != 4].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_normalizer_over_two_packs_equals_one_pack(backend: str) -> None:
     h, head, targets, weights, _ = _inputs(80, 16, 30, torch.float32)
@@ -176,8 +195,10 @@ def test_tied_head_adds_to_the_embedding() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype, frozen: bool) -> None:
     inputs = _inputs(1100, 72, 1000, dtype)
+    inputs[1].requires_grad_(not frozen)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
