@@ -24,14 +24,6 @@ inline int64_t check_linear_head(const Tensor& hidden, const Tensor& lm_head, co
   return hidden.size(0);
 }
 
-inline bool has_bf16_dot_product() {
-#if defined(__x86_64__)
-  return kernels<MatmulNtKernels>().panels != nullptr && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 constexpr int64_t kChunkBytes = int64_t{128} << 20;
 constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 512;  // below, the matmuls slow down; above, nothing is gained
 

@@ -2,16 +2,12 @@
 // softmax runs down the registers, and pairs of exponentials are an operand of the second product without a shuffle.
 #include "cpu/streamed_head.h"
 
-#if FORGE_ISA_LEVEL == 2
-#include "cpu/bf16_block.h"
+#include "cpu/avx512_bf16/block.h"
 #include "cpu/softmax_row.h"
-#endif
 
 namespace forge {
 namespace FORGE_ISA {
 namespace {
-
-#if FORGE_ISA_LEVEL == 2
 
 struct Workspace {
   uint32_t* hidden;   // [kStreamRows / 48][width / 2][48] pairs
@@ -46,7 +42,7 @@ struct Workspace {
   char* at_;
 };
 
-FORGE_BF16_TARGET void pack_hidden(const StreamedHead& head, const int64_t* rows, int64_t n, const Workspace& work) {
+void pack_hidden(const StreamedHead& head, const int64_t* rows, int64_t n, const Workspace& work) {
   for (int64_t i = 0; i < n; ++i) {
     __builtin_memcpy(work.gathered + i * head.width, head.hidden + rows[i] * head.width,
                      static_cast<size_t>(head.width) * sizeof(bf16));
@@ -76,8 +72,7 @@ class NextPanel {
 };
 
 // logits[v][row] for head rows [first, first + size); fills whole blocks of 8 head rows and 48 rows.
-FORGE_BF16_TARGET void logits_tile(const StreamedHead& head, int64_t first, int64_t size, int64_t n,
-                                   const Workspace& work) {
+void logits_tile(const StreamedHead& head, int64_t first, int64_t size, int64_t n, const Workspace& work) {
   const int64_t pairs = head.width / 2, pairs_per_block = block_pairs(pairs);
   for (int64_t begin = 0; begin < pairs; begin += pairs_per_block) {
     const int64_t depth = pairs - begin < pairs_per_block ? pairs - begin : pairs_per_block;
@@ -212,8 +207,8 @@ void pack_strip(const StreamedHead& head, int64_t first, int64_t size, int64_t c
 }
 
 // acc [n, stride] += weights of the tile times the head's rows; stride holds whole blocks of 48, acc whole blocks of 8.
-FORGE_BF16_TARGET void add_to_acc(const StreamedHead& head, int64_t first, int64_t size, int64_t n, bool overwrite,
-                                  NextPanel* next, const Workspace& work, float* acc, int64_t stride) {
+void add_to_acc(const StreamedHead& head, int64_t first, int64_t size, int64_t n, bool overwrite, NextPanel* next,
+                const Workspace& work, float* acc, int64_t stride) {
   const bf16* weights = reinterpret_cast<const bf16*>(work.weights);
   for (int64_t column = 0; column < head.width; column += kNtColumns) {
     pack_strip(head, first, size, column, work.strip);
@@ -253,12 +248,6 @@ void finish(const StreamedHead& head, const float* acc, int64_t slices, int64_t 
 }
 
 const RegisterKernels<StreamedHeadKernels> register_kernels({&task, &finish});
-
-#else
-
-const RegisterKernels<StreamedHeadKernels> register_kernels({nullptr, nullptr});
-
-#endif
 
 }  // namespace
 }  // namespace FORGE_ISA

@@ -1,5 +1,4 @@
 // The register block of float32 C += A B for bfloat16, on the AVX512-BF16 dot product, and the packing of its B.
-// Included where FORGE_ISA_LEVEL == 2; callers check at run time that the CPU has AVX512-BF16.
 #pragma once
 
 #include <immintrin.h>
@@ -10,9 +9,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-
-// The rest of a compilation must run on CPUs without AVX512-BF16, hence the attribute instead of a compiler flag.
-#define FORGE_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 namespace forge::FORGE_ISA {
 
@@ -25,7 +21,7 @@ inline int64_t block_pairs(int64_t pairs) {
 }
 
 // Transposes 16 rows of 16 pairs, rows `stride` elements apart, to packed[pair * 48 + row].
-FORGE_BF16_TARGET inline void transpose_16x16(const bf16* source, int64_t stride, uint32_t* packed) {
+inline void transpose_16x16(const bf16* source, int64_t stride, uint32_t* packed) {
   __m512i x[16], y[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(source + i * stride);
@@ -56,7 +52,7 @@ FORGE_BF16_TARGET inline void transpose_16x16(const bf16* source, int64_t stride
 }
 
 // packed[pair * 48 + column] = the two elements of that pair in row `column` of b [columns, >= depth], zero outside.
-FORGE_BF16_TARGET inline void pack(const bf16* b, int64_t stride, int64_t columns, int64_t depth, uint32_t* packed) {
+inline void pack(const bf16* b, int64_t stride, int64_t columns, int64_t depth, uint32_t* packed) {
   const int64_t whole = columns == kNtColumns ? depth / 32 * 16 : 0;  // pairs that the transpose handles
   for (int64_t pair = 0; pair < whole; pair += 16) {
     for (int64_t column = 0; column < kNtColumns; column += 16) {
@@ -75,10 +71,9 @@ FORGE_BF16_TARGET inline void pack(const bf16* b, int64_t stride, int64_t column
 
 // 8 x 48 block of C, 24 accumulators; adds to C unless `first`. Pair p of row r of A: at a + r * row_stride +
 // p * pair_stride. The sum over the pairs starts from zero and joins C at the end: small terms are added to small sums.
-FORGE_BF16_TARGET inline __attribute__((always_inline)) void block_8x48(const bf16* a, int64_t row_stride,
-                                                                       int64_t pair_stride, const uint32_t* packed,
-                                                                       int64_t pairs, float* c, int64_t ldc,
-                                                                       bool first) {
+inline __attribute__((always_inline)) void block_8x48(const bf16* a, int64_t row_stride, int64_t pair_stride,
+                                                      const uint32_t* packed, int64_t pairs, float* c, int64_t ldc,
+                                                      bool first) {
   __m512 sum[kNtRows][3];
 #pragma GCC unroll 8
   for (int r = 0; r < kNtRows; ++r) {

@@ -1,18 +1,14 @@
 // matmul_nt: float32 C = bfloat16 A times transposed bfloat16 B, with the AVX512-BF16 dot product.
 #include "cpu/matmul_nt.h"
 
-#if FORGE_ISA_LEVEL == 2
-#include "cpu/bf16_block.h"
-#endif
+#include "cpu/avx512_bf16/block.h"
 
 namespace forge {
 namespace FORGE_ISA {
 namespace {
 
-#if FORGE_ISA_LEVEL == 2
-
-FORGE_BF16_TARGET void panels(const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, int64_t rows, int64_t n,
-                              int64_t k, int64_t begin, int64_t end) {
+void panels(const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, int64_t rows, int64_t n, int64_t k,
+            int64_t begin, int64_t end) {
   alignas(64) uint32_t packed[kMaxPairs * kNtColumns];
   const int64_t pairs_per_block = block_pairs(lda / 2);
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -31,12 +27,6 @@ FORGE_BF16_TARGET void panels(const bf16* a, int64_t lda, const bf16* b, float* 
 }
 
 const RegisterKernels<MatmulNtKernels> register_kernels({&panels});
-
-#else
-
-const RegisterKernels<MatmulNtKernels> register_kernels({nullptr});
-
-#endif
 
 }  // namespace
 }  // namespace FORGE_ISA
