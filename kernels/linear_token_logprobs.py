@@ -65,7 +65,11 @@ def _fake(
     hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprob, entropy = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
-    return logprob, entropy, hidden.new_empty((2, hidden.shape[0]), dtype=torch.float32)  # row maxima, log of sums
+    return (
+        logprob,
+        entropy,
+        hidden.new_empty((2, hidden.shape[0]), dtype=torch.float32),
+    )  # row maxima, sums of exponentials
 
 
 @torch.library.register_fake("forge::linear_token_logprobs_backward")

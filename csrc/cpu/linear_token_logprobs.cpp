@@ -15,10 +15,10 @@ void forward(const TokenLogprobRows& rows, int64_t begin, int64_t end) {
     const RowSums sums = sum_row(z, rows.vocab, rows.softcap, 1.0f / rows.temperature);
     const double log_exp_sum = __builtin_log(sums.exp_sum);
     const double shifted = static_cast<double>(z[rows.target[row]]) - static_cast<double>(sums.max);
-    rows.logprob[row] = static_cast<float>(shifted - log_exp_sum);
+    rows.logprob[row] = shifted - log_exp_sum;
     rows.entropy[row] = static_cast<float>(log_exp_sum - sums.exp_shift_sum / sums.exp_sum);
     rows.max[row] = sums.max;
-    rows.log_sum[row] = static_cast<float>(log_exp_sum);
+    rows.exp_sum[row] = static_cast<float>(sums.exp_sum);
   }
 }
 
@@ -34,10 +34,12 @@ void backward(const TokenLogprobRows& rows, const float* dlogprob, const float* 
     float* z = rows.z + row * rows.stride;
     const int64_t target = rows.target[row];
     const float g = dlogprob[row] * inverse, h = dentropy[row] * inverse;
-    const float constant = g + h * rows.entropy[row], row_max = rows.max[row], row_log_sum = rows.log_sum[row];
+    const float row_max = rows.max[row], inverse_sum = 1.0f / rows.exp_sum[row];
+    const float log_sum = static_cast<float>(__builtin_log(static_cast<double>(rows.exp_sum[row])));
+    const float constant = g + h * rows.entropy[row];
     const auto at_logits = [=](float y) {
-      const float logp = (y - row_max) - row_log_sum;
-      return -exp_approx(logp) * (constant + h * logp);
+      const float shifted = y - row_max;
+      return -(exp_nonpositive(shifted) * inverse_sum) * (constant + h * (shifted - log_sum));
     };
     float y_target, slope = 1.0f;
     if (rows.softcap > 0) {
@@ -78,16 +80,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs(const Tensor& hidden_an
   const int64_t vocab = lm_head.size(0);
   const CountedRows kept = count_rows(targets, {}, vocab, ignore_index);
   const size_t count = kept.count();
-  std::vector<float> compact(4 * count);  // logprob, entropy, max, log_sum of the kept rows
+  std::vector<double> logprobs(count);
+  std::vector<float> compact(3 * count);  // entropy, max, exp_sum of the kept rows
   dispatch_float_bf16(hidden, "hidden", [&]<class T>() {
     if (head_can_stream(hidden)) {
       stream_rows(hidden, lm_head, kept.rows, kept.targets, static_cast<float>(softcap),
                   static_cast<float>(temperature), false, [&](int64_t row, const StreamedRow& softmax) {
                     const size_t i = static_cast<size_t>(row);
-                    compact[i] = static_cast<float>((softmax.y_target - softmax.max) - softmax.log_sum);
-                    compact[count + i] = static_cast<float>(softmax.entropy);
-                    compact[2 * count + i] = static_cast<float>(softmax.max);
-                    compact[3 * count + i] = static_cast<float>(softmax.log_sum);
+                    logprobs[i] = softmax.logprob;
+                    compact[i] = static_cast<float>(softmax.entropy);
+                    compact[count + i] = static_cast<float>(softmax.max);
+                    compact[2 * count + i] = static_cast<float>(softmax.exp_sum);
                     return StreamedGradient{};
                   });
       return;
@@ -97,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs(const Tensor& hidden_an
       const int64_t first = chunks.first(chunk);
       float* values = compact.data() + first;
       const TokenLogprobRows rows{chunks.logits(chunk), chunks.stride(), vocab, kept.targets.data() + first,
-                                  static_cast<float>(softcap), static_cast<float>(temperature), values, values + count,
-                                  values + 2 * count, values + 3 * count};
+                                  static_cast<float>(softcap), static_cast<float>(temperature),
+                                  logprobs.data() + first, values, values + count, values + 2 * count};
       torch::stable::parallel_for(0, chunks.size(chunk), 1, [&](int64_t begin, int64_t end) {
         kernels<TokenLogprobKernels<T>>().forward(rows, begin, end);
       });
@@ -108,10 +111,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs(const Tensor& hidden_an
   const Tensor softmax = new_zeros({2, tokens}, ScalarType::Float);
   for (size_t i = 0; i < count; ++i) {
     const int64_t row = kept.rows[i];
-    mutable_data<float>(logprob)[row] = compact[i];
-    mutable_data<float>(entropy)[row] = compact[count + i];
-    mutable_data<float>(softmax)[row] = compact[2 * count + i];
-    mutable_data<float>(softmax)[tokens + row] = compact[3 * count + i];
+    mutable_data<float>(logprob)[row] = static_cast<float>(logprobs[i]);
+    mutable_data<float>(entropy)[row] = compact[i];
+    mutable_data<float>(softmax)[row] = compact[count + i];
+    mutable_data<float>(softmax)[tokens + row] = compact[2 * count + i];
   }
   return {logprob, entropy, softmax};
 }

@@ -64,21 +64,22 @@ struct PolicyRows {
   PolicyOptions options;
   double inverse;                                         // 1 / normalizer
   std::vector<float> advantage, old_logprob, ref_logprob;  // the last two empty where not given
-  std::vector<float> logprob, entropy, max, log_sum, dlogprob, dentropy;
+  std::vector<double> logprob;
+  std::vector<float> entropy, max, exp_sum, dlogprob, dentropy;
   std::vector<PolicyTerm> term;
 
   double log_ratio(size_t i) const {
-    return old_logprob.empty() ? 0.0 : static_cast<double>(logprob[i]) - static_cast<double>(old_logprob[i]);
+    return old_logprob.empty() ? 0.0 : logprob[i] - static_cast<double>(old_logprob[i]);
   }
 
   double ref_difference(size_t i) const {
-    return ref_logprob.empty() ? 0.0 : static_cast<double>(ref_logprob[i]) - static_cast<double>(logprob[i]);
+    return ref_logprob.empty() ? 0.0 : static_cast<double>(ref_logprob[i]) - logprob[i];
   }
 
   double weight(size_t i) const { return static_cast<double>(counted.weights[i]); }
 
   void set_term(size_t i, double log_ratio) {
-    term[i] = policy_term(options, static_cast<double>(advantage[i]), log_ratio, static_cast<double>(logprob[i]));
+    term[i] = policy_term(options, static_cast<double>(advantage[i]), log_ratio, logprob[i]);
   }
 
   // `slope`: derivative of the weighted policy objective by this token's logprob.
@@ -158,7 +159,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& hidden, const Tensor& lm_head, cons
         stream_rows(hidden, lm_head, rows.counted.rows, rows.counted.targets, softcap, temperature, need_dhidden,
                     [&](int64_t row, const StreamedRow& softmax) {
                       const size_t i = static_cast<size_t>(row);
-                      rows.logprob[i] = static_cast<float>((softmax.y_target - softmax.max) - softmax.log_sum);
+                      rows.logprob[i] = softmax.logprob;
                       rows.entropy[i] = static_cast<float>(softmax.entropy);
                       if (by_sequence) return StreamedGradient{};
                       rows.finish_token(i);
@@ -174,7 +175,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& hidden, const Tensor& lm_head, cons
     const int64_t first = chunks.first(chunk);
     return TokenLogprobRows{z, chunks.stride(), lm_head.size(0), rows.counted.targets.data() + first, softcap,
                             temperature, rows.logprob.data() + first, rows.entropy.data() + first,
-                            rows.max.data() + first, rows.log_sum.data() + first};
+                            rows.max.data() + first, rows.exp_sum.data() + first};
   };
   const auto write_dlogits = [&](const TokenLogprobRows& block, int64_t first, bool scaled, int64_t begin,
                                  int64_t end) {
@@ -234,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_gradient_loss(
                   gather_finite(advantages, "advantages", tokens, counted),
                   optional_rows(old_logprobs, "old_logprobs"),
                   optional_rows(ref_logprobs, "ref_logprobs"),
-                  std::vector<float>(count),
+                  std::vector<double>(count),
                   std::vector<float>(count),
                   std::vector<float>(count),
                   std::vector<float>(count),

@@ -13,8 +13,8 @@ namespace forge {
 
 // A row's softmax, y = softcap * tanh(z / softcap) / temperature.
 struct StreamedRow {
-  double max, log_sum;  // of y, and log(sum(e^(y - max)))
-  double y_target, entropy;
+  double max, exp_sum;  // of y, and sum(e^(y - max))
+  double logprob, entropy;
   bool correct;  // the target is the first maximum
 };
 
@@ -93,7 +93,8 @@ Tensor stream_rows(const Tensor& hidden, const Tensor& lm_head, const std::vecto
         }
         const double log_sum = std::log(all.exp_sum), y_target = static_cast<double>(all.y_target);
         const StreamedGradient gradient =
-            row(first + i, StreamedRow{static_cast<double>(all.max), log_sum, y_target,
+            row(first + i, StreamedRow{static_cast<double>(all.max), all.exp_sum,
+                                       (y_target - static_cast<double>(all.max)) - log_sum,
                                        log_sum - all.exp_shift_sum / all.exp_sum, all.argmax == target});
         if (!need_dhidden) continue;
         const double tanh = softcap > 0 ? y_target * static_cast<double>(temperature / softcap) : 0.0;

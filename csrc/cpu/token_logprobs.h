@@ -12,14 +12,15 @@ struct TokenLogprobRows {
   int64_t stride, vocab;
   const int64_t* target;
   float softcap, temperature;  // y = softcap * tanh(z / softcap) / temperature; softcap 0: y = z / temperature
-  float *logprob, *entropy;    // of softmax(y)
-  // Maximum of y and log(sum(e^(y - max))). Kept apart: their sum would lose what makes p = 1 exact.
-  float *max, *log_sum;
+  double* logprob;             // of softmax(y); float would lose what a difference of two of them needs
+  float* entropy;
+  // Maximum of y and sum(e^(y - max)): the log of the sum, rounded to float, would scale all probabilities of the row.
+  float *max, *exp_sum;
 };
 
 template <class T>
 struct TokenLogprobKernels {
-  // Rows [begin, end): z becomes y; fills logprob, entropy, max and log_sum.
+  // Rows [begin, end): z becomes y; fills logprob, entropy, max and exp_sum.
   void (*forward)(const TokenLogprobRows& rows, int64_t begin, int64_t end);
   // Rows [begin, end): dz as T over the row of z, from the gradients of logprob and entropy. `scaled`: z holds y.
   void (*backward)(const TokenLogprobRows& rows, const float* dlogprob, const float* dentropy, bool scaled,

@@ -43,21 +43,21 @@ void rows(float* z_rows, int64_t stride, int64_t vocab, const int64_t* target, c
     if (!options.gradient) continue;
 
     // d(token loss)/dz = p * (1 + 2 * z_loss * Z) - smoothing / vocab - (1 - smoothing) * onehot
-    const float s = scale[row], shift = static_cast<float>(log_sum), row_max = sums.max;
-    const float factor = s * (1.0f + 2.0f * options.z_loss * static_cast<float>(log_z));
+    const float s = scale[row], row_max = sums.max;
+    const float factor = static_cast<float>(static_cast<double>(s) *
+                                            (1.0 + 2.0 * static_cast<double>(options.z_loss) * log_z) / sums.exp_sum);
     const float constant = -s * smoothing / static_cast<float>(vocab);
-    const float p_target = exp_approx((z_target - row_max) - shift);
-    float at_target = factor * p_target + constant - s * (1.0f - smoothing);
+    float at_target = factor * exp_nonpositive(z_target - row_max) + constant - s * (1.0f - smoothing);
     if (softcap > 0) {
       const float inverse = 1.0f / softcap, slope = z_target * inverse;
       at_target *= 1.0f - slope * slope;
       rewrite_row<T>(z, vocab, target[row], 0.0f, 1.0f, [=](float value) {
         const float tanh = value * inverse;
-        return (factor * exp_approx((value - row_max) - shift) + constant) * (1.0f - tanh * tanh);
+        return (factor * exp_nonpositive(value - row_max) + constant) * (1.0f - tanh * tanh);
       });
     } else {
       rewrite_row<T>(z, vocab, target[row], 0.0f, 1.0f, [=](float value) {
-        return factor * exp_approx((value - row_max) - shift) + constant;
+        return factor * exp_nonpositive(value - row_max) + constant;
       });
     }
     reinterpret_cast<T*>(z)[target[row]] = from_float<T>(at_target);
@@ -122,10 +122,9 @@ Outputs weighted_linear_cross_entropy(const Tensor& hidden_any, const Tensor& lm
   if (head_can_stream(hidden) && !need_dhead && label_smoothing == 0) {
     dhidden = stream_rows(hidden, lm_head, counted.rows, counted.targets, options.softcap, 1.0f, need_dhidden,
                           [&](int64_t i, const StreamedRow& row) {
-                            const double log_z = row.max + row.log_sum;
-                            const double row_nll = row.log_sum + (row.max - row.y_target);
-                            nll[i] = static_cast<float>(row_nll);
-                            token_loss[i] = static_cast<float>(row_nll + z_loss * log_z * log_z);
+                            const double log_z = z_loss == 0 ? 0.0 : row.max + std::log(row.exp_sum);
+                            nll[i] = static_cast<float>(-row.logprob);
+                            token_loss[i] = static_cast<float>(-row.logprob + z_loss * log_z * log_z);
                             correct[i] = row.correct;
                             const double weight = static_cast<double>(scale[i]);
                             return StreamedGradient{weight * (1.0 + 2.0 * z_loss * log_z), -weight};

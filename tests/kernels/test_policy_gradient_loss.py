@@ -24,7 +24,9 @@ def _inputs(
     head = (2 * torch.randn(vocab, hidden, generator=g) / hidden**0.5).to(dtype).requires_grad_()
     targets = torch.randint(0, vocab, (tokens,), generator=g)
     targets[3::7] = -100
-    advantages = torch.randn(tokens, generator=g)
+    # Both signs and zeros, but no sum of cancelling terms: its rounding errors would be luck.
+    advantages = 1 + torch.rand(tokens, generator=g)
+    advantages[::4] *= -0.5
     advantages[1::9] = 0
     # Ratios on both sides of both bounds, none so near to a bound that rounding decides.
     logprob = reference.linear_token_logprobs(h, head, targets, temperature, softcap, -100)[0].detach().float()
