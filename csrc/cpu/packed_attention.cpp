@@ -101,18 +101,6 @@ data_plane::TileOptions visibility(const AttentionShape& s) {
   return options;
 }
 
-// Keys that the task with most of them reads.
-int64_t most_keys(const AttentionShape& s, const std::vector<AttentionTask>& tasks) {
-  int64_t most = 0;
-  for (const AttentionTask& t : tasks) {
-    const data_plane::TileOptions options = visibility(s);
-    const int64_t length = t.last - t.first;
-    const int64_t end = data_plane::detail::visible_keys(t.end - 1 - t.first, length, options).last;
-    most = std::max(most, end - data_plane::detail::visible_keys(t.begin - t.first, length, options).first);
-  }
-  return most;
-}
-
 std::vector<AttentionTask> own_tasks(const AttentionShape& s, const int32_t* bounds, int64_t documents) {
   data_plane::TileOptions options = visibility(s);
   options.row_tile = static_cast<int32_t>(std::max<int64_t>(1, kRowsPerTask / s.group));
@@ -137,6 +125,30 @@ std::vector<AttentionTask> for_each_head(const std::vector<AttentionTask>& tasks
   return result;
 }
 
+// Packs keys and values of every document and head, and tells the tasks where theirs are.
+template <class T>
+Tensor pack_documents(const AttentionShape& s, const PackedAttentionKernels<T>& kernel, const int32_t* bounds,
+                      int64_t documents, Heads<const T> k, Heads<const T> v, std::vector<AttentionTask>& tasks) {
+  if (kernel.pack == nullptr) return new_tensor({0}, ScalarType::Float);
+  const int64_t kv_heads = s.q_heads / s.group;
+  std::vector<int64_t> start{0};  // of each document, for all heads
+  std::vector<AttentionTask> whole;
+  for (int64_t i = 0; i < documents; ++i) {
+    start.push_back(start[i] + kv_heads * kernel.packed_size(s.d, bounds[i + 1] - bounds[i]));
+    if (bounds[i] < bounds[i + 1]) whole.push_back({bounds[i], bounds[i + 1], 0, bounds[i], bounds[i + 1], nullptr});
+  }
+  Tensor packed = new_tensor({start[documents]}, ScalarType::Float);
+  float* base = mutable_data<float>(packed);
+  const auto place = [&](const AttentionTask& t) {
+    const int64_t document = std::upper_bound(bounds, bounds + documents, t.first) - bounds - 1;
+    return base + start[document] + t.kv_head * kernel.packed_size(s.d, t.last - t.first);
+  };
+  for (AttentionTask& task : tasks) task.packed = place(task);
+  run_tasks(for_each_head(whole, kv_heads), 0,
+            [&](const AttentionTask& document, float*) { kernel.pack(s, document, k, v, place(document)); });
+  return packed;
+}
+
 // Zeroes the rows from `first` on: tokens behind the last document.
 template <class T>
 void zero_tail(const Tensor& x, int64_t first) {
@@ -152,14 +164,14 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& q_any, const Tensor& k
   const Tensor q = with_unit_stride(q_any), k = with_unit_stride(k_any), v = with_unit_stride(v_any);
   const int32_t* bounds = data<int32_t>(cu_seqlens);
   const int64_t documents = cu_seqlens.numel() - 1;
-  const std::vector<AttentionTask> tasks = for_each_head(
+  std::vector<AttentionTask> tasks = for_each_head(
       tiles ? planned_tasks(*tiles, bounds, documents) : own_tasks(shape, bounds, documents), k.size(1));
   Tensor out = new_tensor({shape.tokens, shape.q_heads, shape.d}, q.scalar_type());
   Tensor lse = new_zeros({shape.q_heads, shape.tokens}, ScalarType::Double);
   dispatch_float_bf16(q, "q", [&]<class T>() {
     const auto& kernel = kernels<PackedAttentionKernels<T>>();
-    const int64_t room = kernel.forward_scratch(shape.d, most_keys(shape, tasks));
-    run_tasks(tasks, room, [&](const AttentionTask& task, float* scratch) {
+    const Tensor packed = pack_documents(shape, kernel, bounds, documents, heads<T>(k), heads<T>(v), tasks);
+    run_tasks(tasks, kernel.forward_scratch(shape.d), [&](const AttentionTask& task, float* scratch) {
       kernel.forward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), mutable_data<T>(out),
                      mutable_data<double>(lse), scratch);
     });
@@ -178,6 +190,7 @@ struct BackwardWork {
   std::vector<AttentionTask> tasks;
   std::vector<SplitDocument> split;
   Tensor partials;
+  int64_t most_keys = 0;
 };
 
 int64_t chunk_of(int64_t length) { return std::max(kChunkQueries, (length + kMaxChunks - 1) / kMaxChunks); }
@@ -206,6 +219,8 @@ BackwardWork backward_work(const AttentionShape& s, const int32_t* bounds, int64
         const data_plane::detail::Range keys = data_plane::detail::visible_keys(query, length, options);
         pairs += keys.last - keys.first;
       }
+      work.most_keys = std::max(work.most_keys, data_plane::detail::visible_keys(end - 1, length, options).last -
+                                                    data_plane::detail::visible_keys(begin, length, options).first);
       weighed.push_back({pairs, {first, last, 0, first + begin, first + end, split ? partial : nullptr}});
       if (split) partial += length * floats_per_row;
     }
@@ -261,11 +276,11 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_
     const auto& kernel = kernels<PackedAttentionKernels<T>>();
     const int64_t padded_d = kernel.padded(shape.d);
     const BackwardWork work = backward_work(shape, bounds, documents, padded_d);
-    const int64_t room = kernel.backward_scratch(shape.d, most_keys(shape, work.tasks));
-    run_tasks(for_each_head(work.tasks, kv_heads, 2 * padded_d), room, [&](const AttentionTask& task, float* scratch) {
-      kernel.backward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(dout), data<double>(lse),
-                      mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv), scratch);
-    });
+    run_tasks(for_each_head(work.tasks, kv_heads, 2 * padded_d), kernel.backward_scratch(shape.d, work.most_keys),
+              [&](const AttentionTask& task, float* scratch) {
+                kernel.backward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(dout), data<double>(lse),
+                                mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv), scratch);
+              });
     for (const SplitDocument& document : work.split) {
       sum_split(shape, document, padded_d, mutable_data<T>(dk), mutable_data<T>(dv));
     }

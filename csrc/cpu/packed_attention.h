@@ -34,14 +34,20 @@ struct AttentionTask {
   int64_t kv_head;
   int64_t begin, end;  // its queries
   float* partial;      // backward: dk, then dv, each [last - first, padded d], of a document of several tasks
+  const float* packed = nullptr;  // forward: what pack() made of its keys and values
 };
 
 template <class T>
 struct PackedAttentionKernels {
-  int64_t (*forward_scratch)(int64_t d, int64_t keys);  // floats; keys: most that a task reads
+  // Keys and values in the order in which the forward's matmuls read them, made once for the tasks that share them.
+  // pack is null, and the size 0, where they are read as they are.
+  int64_t (*packed_size)(int64_t d, int64_t rows);  // floats
+  void (*pack)(const AttentionShape& shape, const AttentionTask& document, Heads<const T> k, Heads<const T> v,
+               float* packed);
+  int64_t (*forward_scratch)(int64_t d);  // floats
   void (*forward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
                   Heads<const T> v, T* out, double* lse, float* scratch);
-  int64_t (*backward_scratch)(int64_t d, int64_t keys);
+  int64_t (*backward_scratch)(int64_t d, int64_t keys);  // keys: most that a task reads
   void (*backward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
                    Heads<const T> v, Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch);
   // target[i] = sum over parts of sources[part][i], in their order.

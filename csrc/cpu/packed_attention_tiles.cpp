@@ -113,7 +113,9 @@ inline void softmax_step(float* logits, int64_t keys, float* maximum, float* sum
   for (int64_t i = 0; i < kLanes; ++i) sum[i] = sum[i] * decay[i] + part[i];
 }
 
-inline int64_t forward_scratch(int64_t d, int64_t) {
+inline int64_t packed_size(int64_t, int64_t) { return 0; }
+
+inline int64_t forward_scratch(int64_t d) {
   return kLanes * (padded(d) + 2 * d + kKeys + 3) + 2 * kKeys * padded(d);
 }
 
@@ -289,8 +291,8 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q,
 }
 
 template <class T>
-constexpr PackedAttentionKernels<T> table{&forward_scratch, &forward<T>, &backward_scratch, &backward<T>,
-                                          &sum_partials<T>, &padded};
+constexpr PackedAttentionKernels<T> table{&packed_size, nullptr, &forward_scratch, &forward<T>, &backward_scratch,
+                                          &backward<T>, &sum_partials<T>, &padded};
 const RegisterKernels<PackedAttentionKernels<float>> register_float(table<float>);
 const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16(table<bf16>);
 

@@ -11,10 +11,26 @@ constexpr int64_t kLaneVectors = kLanes / kVector;
 constexpr int64_t kLanePairs = kLanes / 2;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
+constexpr int64_t kAhead = 16;  // rows
 constexpr float kInfinity = __builtin_inff();
 
 inline int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 inline int64_t padded(int64_t d) { return round_up_to(d, 32); }
+
+// Rows of one head lie too far apart for the CPU's own prefetcher.
+inline void prefetch_rows(const bf16* x, int64_t rows, int64_t row_stride, int64_t d) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < d; j += 32) _mm_prefetch(reinterpret_cast<const char*>(x + r * row_stride + j), _MM_HINT_T1);
+  }
+}
+
+// The rows of the query tile that starts at `row`, to be gathered when the one before it is done.
+inline void prefetch_lanes(const AttentionShape& s, const AttentionTask& t, int64_t row, Heads<const bf16> x) {
+  const int64_t last = smaller(t.end, (row + kLanes - 1) / s.group + 1);
+  for (int64_t token = row / s.group; token < last; ++token) {
+    prefetch_rows(x.data + token * x.token_stride + t.kv_head * s.group * x.head_stride, s.group, x.head_stride, s.d);
+  }
+}
 
 // Rows [from, from + count) of the pack, those that a task sees, as [keys, d / 2] and as [keys / 2, d]; either may be
 // null. A row of zeros follows an odd last one.
@@ -23,6 +39,7 @@ inline void pack_keys(const Interleave& order, Heads<const bf16> x, int64_t kv_h
   const int64_t stride = padded(d);
   for (int64_t i = 0; i < count; i += 2) {
     const bf16* first = x.data + (from + i) * x.token_stride + kv_head * x.head_stride;
+    prefetch_rows(first + kAhead * x.token_stride, 2, x.token_stride, d);
     const bf16* second = i + 1 < count ? first + x.token_stride : nullptr;
     if (rows != nullptr) {
       copy_row(first, d, rows + i * stride / 2);
@@ -50,11 +67,12 @@ inline void pack_columns(const bf16* const* rows, int64_t d, float scale, uint32
 }
 
 // [d, kLanes] times factor [kLanes] -> rows of the lanes in y [tokens, heads, d].
-inline void scatter(const Lanes& lanes, const float* columns, const float* factor, int64_t heads, int64_t d, bf16* y) {
+inline void scatter(const Interleave& order, const Lanes& lanes, const float* columns, const float* factor, int64_t heads,
+                    int64_t d, bf16* y) {
   bf16* rows[kLanes];
   for (int64_t i = 0; i < lanes.count; ++i) rows[i] = y + (lanes.token[i] * heads + lanes.head[i]) * d;
   for (int64_t i = 0; i < lanes.count; i += kVector) {
-    scatter_columns(columns + i, kLanes, factor + i, d, smaller(kVector, lanes.count - i), rows + i);
+    scatter_columns(order, columns + i, kLanes, factor + i, d, smaller(kVector, lanes.count - i), rows + i);
   }
 }
 

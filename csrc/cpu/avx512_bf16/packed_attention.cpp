@@ -80,32 +80,39 @@ void softmax_step(const Interleave& order, const float* logits, int64_t keys, fl
   }
 }
 
-int64_t forward_scratch(int64_t d, int64_t keys) {
-  return even(keys) * padded(d) + kLanePairs * padded(d) + kLanes * d + kTileKeys * (kLanes + kLanePairs) + 16;
+int64_t packed_size(int64_t d, int64_t rows) { return even(rows) * padded(d); }
+
+void pack(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> k, Heads<const bf16> v, float* packed) {
+  const Interleave order = make_interleave();
+  const int64_t count = t.last - t.first;
+  uint32_t* keys = reinterpret_cast<uint32_t*>(packed);
+  pack_keys(order, k, t.kv_head, t.first, count, s.d, keys, nullptr);
+  pack_keys(order, v, t.kv_head, t.first, count, s.d, nullptr, keys + even(count) * padded(s.d) / 2);
 }
 
-void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> q, Heads<const bf16> k,
-             Heads<const bf16> v, bf16* out, double* lse, float* scratch) {
+int64_t forward_scratch(int64_t d) {
+  return kLanePairs * padded(d) + kLanes * padded(d) + kTileKeys * (kLanes + kLanePairs) + 16;
+}
+
+void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> q, Heads<const bf16>, Heads<const bf16>,
+             bf16* out, double* lse, float* scratch) {
   const int64_t d = s.d, stride = padded(d), depth = (d + 1) / 2;
-  const int64_t key_from = first_key(s, t, t.begin), key_count = key_end(s, t, t.end - 1) - key_from;
+  const uint32_t* keys = reinterpret_cast<const uint32_t*>(t.packed);
+  const uint32_t* value_pairs = keys + even(t.last - t.first) * stride / 2;
   Scratch room{scratch};
-  uint32_t* keys = room.pairs(even(key_count) * stride / 2);
-  uint32_t* value_pairs = room.pairs(even(key_count) * stride / 2);
   uint32_t* q_columns = room.pairs(kLanePairs * stride);
   uint32_t* p_pairs = room.pairs(kTileKeys * kLanePairs);
   float* logits = room.floats(kTileKeys * kLanes);
-  float* o_columns = room.floats(kLanes * d);
+  float* o_columns = room.floats(kLanes * stride);
   const Interleave order = make_interleave();
   const float factor = logit_factor(s);
-  pack_keys(order, k, t.kv_head, key_from, key_count, d, keys, nullptr);
-  pack_keys(order, v, t.kv_head, key_from, key_count, d, nullptr, value_pairs);
-
   Lanes lanes;
   const bf16* rows[kLanes];
   for (int64_t row = t.begin * s.group; row < t.end * s.group; row += kLanes) {
     set_lanes(s, t, row, t.end * s.group, lanes);
     find_rows(lanes, q, rows);
     pack_columns(rows, d, s.scale, q_columns);
+    prefetch_lanes(s, t, row + kLanes, q);
     const int64_t vectors = (lanes.count + kVector - 1) / kVector;
     RunningSoftmax state;
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -113,9 +120,9 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> 
       state.sum[i] = 0;
     }
     // Pairs of keys start on even rows; a row before the first that is seen is masked.
-    const int64_t first = key_from + (lanes.keys_from - key_from) / 2 * 2;
+    const int64_t first = t.first + (lanes.keys_from - t.first) / 2 * 2;
     for (int64_t from = first; from < lanes.keys_to; from += kTileKeys) {
-      const int64_t count = even(smaller(kTileKeys, lanes.keys_to - from)), at = from - key_from;
+      const int64_t count = even(smaller(kTileKeys, lanes.keys_to - from)), at = from - t.first;
       tile_matmul(RowsOfPairs{keys + at * stride / 2, stride / 2}, {q_columns, kLanes}, {logits, kLanes}, count,
                   vectors, depth, Sum::kStore);
       if (s.softcap > 0) cap(logits, nullptr, count, __builtin_fabsf(s.scale), s.softcap);
@@ -134,7 +141,7 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> 
     for (int64_t i = 0; i < lanes.count; ++i) {
       lse[lanes.head[i] * s.tokens + lanes.token[i]] = static_cast<double>(log_sum[i]);
     }
-    scatter(lanes, o_columns, state.sum, s.q_heads, d, out);
+    scatter(order, lanes, o_columns, state.sum, s.q_heads, d, out);
   }
 }
 
@@ -204,7 +211,7 @@ void logit_gradients(const Interleave& order, const float* p, const float* dp, c
 
 int64_t backward_scratch(int64_t d, int64_t keys) {
   const int64_t rows = even(keys), stride = padded(d);
-  return rows * stride * 3 / 2 + 2 * rows * stride + 4 * kLanePairs * stride + kLanes * d + 3 * rows * kLanes +
+  return rows * stride * 3 / 2 + 2 * rows * stride + 4 * kLanePairs * stride + kLanes * stride + 3 * rows * kLanes +
          3 * kTileKeys * kLanePairs + 16;
 }
 
@@ -243,7 +250,7 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
   uint32_t* p_rows = room.pairs(kTileKeys * kLanePairs);
   uint32_t* ds_rows = room.pairs(kTileKeys * kLanePairs);
   uint32_t* ds_pairs = room.pairs(kTileKeys * kLanePairs);
-  float* dq_columns = room.floats(kLanes * d);
+  float* dq_columns = room.floats(kLanes * stride);
   float* dkeys = room.floats(key_rows * stride);
   float* dvalues = room.floats(key_rows * stride);
   float* p = room.floats(key_rows * kLanes);  // of all visible keys, as dp and slope
@@ -272,6 +279,8 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
     for (int64_t i = 0; i < kLanes; i += 2) {
       interleave_rows(order, rows[i], rows[i + 1], d, dout_pairs + i / 2 * stride);
     }
+    prefetch_lanes(s, t, row + kLanes, q);
+    prefetch_lanes(s, t, row + kLanes, dout);
     for (int64_t i = 0; i < kLanes; ++i) {
       // Lanes past the last row have q = dout = 0 and a visible key: they add exact zeros.
       const double exact = i < lanes.count ? lse[lanes.head[i] * s.tokens + lanes.token[i]] : 0.0;
@@ -304,7 +313,7 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
                   d_vectors, lane_pairs, Sum::kAdd);
     }
     for (int64_t i = 0; i < kLanes; ++i) offset[i] = s.scale;
-    scatter(lanes, dq_columns, offset, s.q_heads, d, dq);
+    scatter(order, lanes, dq_columns, offset, s.q_heads, d, dq);
   }
   if (t.partial != nullptr) {
     for (int64_t i = 0; i < key_count * stride; ++i) dkeys[i] *= s.scale;
@@ -315,8 +324,9 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
   round_gradients(dvalues, key_count, d, 1.0f, kv_heads * d, dv + to);
 }
 
-const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16({&forward_scratch, &forward, &backward_scratch,
-                                                                  &backward, &sum_partials<bf16>, &padded});
+const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16({&packed_size, &pack, &forward_scratch, &forward,
+                                                                  &backward_scratch, &backward, &sum_partials<bf16>,
+                                                                  &padded});
 
 }  // namespace
 }  // namespace FORGE_ISA

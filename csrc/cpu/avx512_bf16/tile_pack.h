@@ -106,29 +106,24 @@ inline void copy_row(const bf16* row, int64_t d, uint32_t* pairs) {
 // 32 floats to bfloat16, to nearest even.
 inline __m512i round_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// columns [d, stride] times factor [16] -> 16 rows of d in bfloat16, of which the first `count` are written.
-inline void scatter_columns(const float* columns, int64_t stride, const float* factor, int64_t d, int64_t count,
-                            bf16* const* rows) {
+// columns [d, stride] times factor [16] -> 16 rows of d in bfloat16, of which the first `count` are written. Reads, and
+// drops, columns up to d rounded up to 32.
+inline void scatter_columns(const Interleave& order, const float* columns, int64_t stride, const float* factor, int64_t d,
+                            int64_t count, bf16* const* rows) {
   const __m512 scale = _mm512_loadu_ps(factor);
   for (int64_t from = 0; from < d; from += 32) {
-    __m512i low[16], high[16];
+    __m512i x[16];  // pairs of columns
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      // Columns past d are read as the last one and not stored.
-      const int64_t a = from + i < d ? from + i : d - 1, b = from + 16 + i < d ? from + 16 + i : d - 1;
-      low[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(columns + a * stride), scale));
-      high[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(columns + b * stride), scale));
+      const float* pair = columns + (from + 2 * i) * stride;
+      x[i] = round_to_bf16(_mm512_mul_ps(_mm512_loadu_ps(pair), scale),
+                           _mm512_mul_ps(_mm512_loadu_ps(pair + stride), scale));
+      x[i] = _mm512_permutexvar_epi16(order.halves, x[i]);
     }
-    transpose_16x16(low);
-    transpose_16x16(high);
+    transpose_16x16(x);
     const __mmask32 inside =
         from + 32 <= d ? ~__mmask32{0} : static_cast<__mmask32>((uint64_t{1} << (d - from)) - 1);
-    __m512i rounded[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      rounded[i] = round_to_bf16(_mm512_castsi512_ps(low[i]), _mm512_castsi512_ps(high[i]));
-    }
-    for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_epi16(rows[i] + from, inside, rounded[i]);
+    for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_epi16(rows[i] + from, inside, x[i]);
   }
 }
 
