@@ -20,11 +20,12 @@ inline int64_t padded(int64_t d) { return round_up_to(d, 32); }
 // Rows of one head lie too far apart for the CPU's own prefetcher.
 inline void prefetch_rows(const bf16* x, int64_t rows, int64_t row_stride, int64_t d) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < d; j += 32) _mm_prefetch(reinterpret_cast<const char*>(x + r * row_stride + j), _MM_HINT_T1);
+    const bf16* row = x + r * row_stride;
+    for (int64_t j = 0; j < d; j += 32) _mm_prefetch(reinterpret_cast<const char*>(row + j), _MM_HINT_T1);
   }
 }
 
-// The rows of the query tile that starts at `row`, to be gathered when the one before it is done.
+// The rows of the query tile that starts at `row`: to be gathered when the one before it is done, or written then.
 inline void prefetch_lanes(const AttentionShape& s, const AttentionTask& t, int64_t row, Heads<const bf16> x) {
   const int64_t last = smaller(t.end, (row + kLanes - 1) / s.group + 1);
   for (int64_t token = row / s.group; token < last; ++token) {
@@ -67,8 +68,8 @@ inline void pack_columns(const bf16* const* rows, int64_t d, float scale, uint32
 }
 
 // [d, kLanes] times factor [kLanes] -> rows of the lanes in y [tokens, heads, d].
-inline void scatter(const Interleave& order, const Lanes& lanes, const float* columns, const float* factor, int64_t heads,
-                    int64_t d, bf16* y) {
+inline void scatter(const Interleave& order, const Lanes& lanes, const float* columns, const float* factor,
+                    int64_t heads, int64_t d, bf16* y) {
   bf16* rows[kLanes];
   for (int64_t i = 0; i < lanes.count; ++i) rows[i] = y + (lanes.token[i] * heads + lanes.head[i]) * d;
   for (int64_t i = 0; i < lanes.count; i += kVector) {

@@ -108,8 +108,8 @@ inline __m512i round_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_c
 
 // columns [d, stride] times factor [16] -> 16 rows of d in bfloat16, of which the first `count` are written. Reads, and
 // drops, columns up to d rounded up to 32.
-inline void scatter_columns(const Interleave& order, const float* columns, int64_t stride, const float* factor, int64_t d,
-                            int64_t count, bf16* const* rows) {
+inline void scatter_columns(const Interleave& order, const float* columns, int64_t stride, const float* factor,
+                            int64_t d, int64_t count, bf16* const* rows) {
   const __m512 scale = _mm512_loadu_ps(factor);
   for (int64_t from = 0; from < d; from += 32) {
     __m512i x[16];  // pairs of columns
