@@ -81,9 +81,10 @@ def test_gpu_script_refuses_wrong_arguments(arguments: list[str]) -> None:
 
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="reads /proc")
 def test_load_of_this_process_is_not_other_load() -> None:
-    load = OtherLoad()
-    end = time.monotonic() + 0.3
-    while time.monotonic() < end:
+    load, wall, own = OtherLoad(), time.monotonic(), time.process_time()
+    while time.process_time() - own < 0.3:
         os.getpid()
     cores = load.cores()
-    assert cores is not None and cores < (os.cpu_count() or 1) - 0.8
+    share = (time.process_time() - own) / (time.monotonic() - wall)
+    # Whatever else runs: what this process used cannot have been used by others. 0.2: the system counts in 10 ms.
+    assert cores is not None and cores <= (os.cpu_count() or 1) - share + 0.2
