@@ -3,13 +3,7 @@
 // On one Zen 5 core: 505 GFLOP/s of about 515, packing included.
 #include "cpu/gemm_bf16.h"
 
-#include <immintrin.h>
-
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 reports the deliberately undefined operand inside its own unpack and shuffle intrinsics (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+#include "cpu/avx512_bf16/transpose.h"
 
 namespace forge {
 namespace FORGE_ISA {
@@ -29,43 +23,22 @@ inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (u
 
 // 16 rows of 32 elements, `stride` apart -> packed[pair * packed_stride + row]; only `rows` rows and `depth` elements
 // are read, the others are zero.
-inline void pack_16_rows(const bf16* source, int64_t stride, int64_t rows, int64_t depth,
-                                           uint32_t* packed, int64_t packed_stride) {
+inline void pack_16_rows(const bf16* source, int64_t stride, int64_t rows, int64_t depth, uint32_t* packed,
+                         int64_t packed_stride) {
   const __mmask32 valid = static_cast<__mmask32>(low_bits(smaller(depth, 32)));
-  __m512i x[16], y[16];
+  __m512i x[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     x[i] = i < rows ? _mm512_maskz_loadu_epi16(valid, source + i * stride) : _mm512_setzero_si512();
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    x[4 * i + 0] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
-    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
-  }
-  // x[4 * g + c] holds, in 128-bit lane l, pair 4 * l + c of rows 4 * g .. 4 * g + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x44);
-    const __m512i high01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xee);
-    const __m512i low23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x44);
-    const __m512i high23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xee);
-    _mm512_storeu_si512(packed + (0 + c) * packed_stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_storeu_si512(packed + (4 + c) * packed_stride, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-    _mm512_storeu_si512(packed + (8 + c) * packed_stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_storeu_si512(packed + (12 + c) * packed_stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
-  }
+  transpose_16x16(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(packed + i * packed_stride, x[i]);
 }
 
 // Rows [from, from + depth) of the term's B, columns [column, column + columns) -> packed [pairs][16 * vectors].
-void pack(const GemmTerm& term, int64_t from, int64_t depth, int64_t column, int64_t columns,
-                            int64_t vectors, uint32_t* packed) {
+void pack(const GemmTerm& term, int64_t from, int64_t depth, int64_t column, int64_t columns, int64_t vectors,
+          uint32_t* packed) {
   const int64_t width = 16 * vectors;
   if (term.b_transposed) {
     for (int64_t k = 0; k < depth; k += 32) {
@@ -104,8 +77,8 @@ void pack(const GemmTerm& term, int64_t from, int64_t depth, int64_t column, int
 }
 
 // Rows of A that cannot be read where they lie: too few for a register block, an odd depth, or dropout.
-void stage(const GemmTerm& term, int64_t row, int64_t rows, int64_t block_rows, int64_t from,
-                             int64_t depth, bf16* staged, int64_t stride) {
+void stage(const GemmTerm& term, int64_t row, int64_t rows, int64_t block_rows, int64_t from, int64_t depth,
+           bf16* staged, int64_t stride) {
   for (int64_t r = 0; r < block_rows; ++r) {
     const bf16* source = term.a + (row + r) * term.lda + from;
     for (int64_t k = 0; k < stride; k += 32) {
