@@ -271,6 +271,7 @@ void run(const GemmProblem& p, int64_t begin, int64_t end, char* scratch) {
             stage(term, row, rows, block_rows, piece.from, piece.depth, room, stride);
             pieces[i].a = room;
             pieces[i].lda = stride;
+            pieces[i].ahead = 0;
             room += block_rows * stride;
           }
         }
