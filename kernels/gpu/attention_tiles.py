@@ -42,7 +42,7 @@ class Kernels:
 
 
 # Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement.
-# Fixed, not autotuned: a block size decides the order of sums, and a choice by the clock may differ from run to run.
+# Not tuned by the clock: a block size decides the order of sums, and lists are made before anything could be timed.
 # Key: architecture (0: interpreter, 86: those with 99 KiB of shared memory to a program), padded head dimension.
 _HALF = {
     (90, 64): Kernels(Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 0, 8, 2)),

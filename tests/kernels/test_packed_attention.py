@@ -96,19 +96,19 @@ def test_long_packs_match_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (32, 2)])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (16, 1)])
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("backend", backends("packed_attention", gpu_only=True))
 def test_every_configuration_matches_reference(
     backend: Backend, d: int, heads: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    inputs, bounds = _inputs(1500, *heads, d, dtype), [0, 700, 710, 1300, 1490]
+    inputs, bounds = _inputs(700, *heads, d, dtype), [0, 300, 310, 690]
     _check(inputs, bounds, backend)
     _check(inputs, bounds, backend, window=200, softcap=20.0)
-    _check(inputs, bounds, backend, causal=False, window=300)
+    _check(inputs, bounds, backend, causal=False, window=250)
 
 
-@pytest.mark.parametrize("sizes", [(50, 4, 2, 8), (50, 16, 1, 24)])
+@pytest.mark.parametrize("sizes", [(50, 4, 1, 8), (50, 16, 1, 24)])
 @pytest.mark.parametrize("backend", TRITON)
 def test_float16_and_large_groups(backend: Backend, sizes: tuple[int, int, int, int]) -> None:
     _check(_inputs(*sizes, torch.float16), BOUNDS, backend)
@@ -124,7 +124,7 @@ def test_matches_reference_with_options(
     # The interpreter is slow: one of the two for each dtype.
     if backend.device != "cpu" or backend.name == "cpp" or dtype == torch.float32:
         plan = PackPlan(_cu_seqlens(BOUNDS).numpy())
-        _check(_inputs(TOKENS, 4, 2, 7, dtype), BOUNDS, backend, scale=0.5, plan=plan, **options)
+        _check(_inputs(TOKENS, 4, 1, 7, dtype), BOUNDS, backend, scale=0.5, plan=plan, **options)
     if backend.device != "cpu" or backend.name == "cpp" or dtype == torch.bfloat16:
         _check(_inputs(130, 2, 1, 16, dtype), [0, 9, 120], backend, scale=-0.25, **options)
 
@@ -137,11 +137,12 @@ def test_long_documents_are_several_tasks(causal: bool, window: int | None) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_of_a_fused_projection(backend: Backend, dtype: torch.dtype) -> None:
-    qkv = torch.randn(TOKENS, 8, 10, dtype=dtype)
+    qkv = torch.randn(24, 8, 10, dtype=dtype)
+    bounds = [0, 7, 7, 22]
     rows, columns = qkv.transpose(0, 1).contiguous().split([4, 2, 2]), qkv.mT.contiguous().split([4, 2, 2], 2)
-    _check([x.requires_grad_() for x in qkv.split([4, 2, 2], 1)], BOUNDS, backend)
-    _check([x.transpose(1, 2).requires_grad_() for x in columns], BOUNDS, backend)
-    _check([x.transpose(0, 1).requires_grad_() for x in rows], BOUNDS, backend)
+    _check([x.requires_grad_() for x in qkv.split([4, 2, 2], 1)], bounds, backend)
+    _check([x.transpose(1, 2).requires_grad_() for x in columns], bounds, backend)
+    _check([x.transpose(0, 1).requires_grad_() for x in rows], bounds, backend)
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -187,7 +188,7 @@ def test_large_logits_stay_finite(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", TRITON)
 def test_triton_repeats_bitwise_and_does_not_depend_on_the_plan(backend: Backend) -> None:
-    inputs, bounds = _inputs(110, 4, 2, 16, torch.bfloat16), [0, 3, 90, 100]
+    inputs, bounds = _inputs(80, 4, 2, 16, torch.bfloat16), [0, 3, 70, 75]
     plan = PackPlan(_cu_seqlens(bounds).numpy())
     runs = [_gradients(inputs, bounds, backend, plan=p) for p in (None, plan, plan)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
@@ -240,9 +241,9 @@ def test_opcheck_triton(backend: Backend) -> None:
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_break(backend: Backend, planned: bool) -> None:
-    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
-    plan = PackPlan(_cu_seqlens(BOUNDS).numpy()) if planned else None
-    cu_seqlens = _cu_seqlens(BOUNDS).to(backend.device)
+    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(24, 4, 2, 8, torch.float32)]
+    plan = PackPlan(_cu_seqlens([0, 7, 7, 22]).numpy()) if planned else None
+    cu_seqlens = _cu_seqlens([0, 7, 7, 22]).to(backend.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, cu_seqlens, plan=plan, window=6, backend=backend.name) * 2
@@ -255,8 +256,8 @@ def test_compiles_without_graph_break(backend: Backend, planned: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activation_checkpointing(backend: Backend) -> None:
-    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
-    cu_seqlens = _cu_seqlens(BOUNDS).to(backend.device)
+    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(24, 4, 2, 8, torch.float32)]
+    cu_seqlens = _cu_seqlens([0, 7, 7, 22]).to(backend.device)
     expected = torch.autograd.grad(packed_attention(*inputs, cu_seqlens, backend=backend.name).square().sum(), inputs)
     out = checkpoint(packed_attention, *inputs, cu_seqlens, use_reentrant=False, backend=backend.name)
     actual = torch.autograd.grad(out.square().sum(), inputs)
