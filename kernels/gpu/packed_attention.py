@@ -14,9 +14,11 @@ dQ runs before dK/dV and leaves `delta` for it. Nothing is accumulated across pr
 
     q, out, dout, dq   [tokens, kv_heads * GROUP, D]     strides of tokens and heads given, D contiguous
     k, v, dk, dv       [tokens, kv_heads, D]
-    lse, delta         [kv_heads, tokens * GROUP] float32: log2 of the sum of exponentials, sum(dout * out) of a row;
-                       lse has a second such array with what the first lost to rounding when LSE_LOW (float32 inputs)
+    lse, delta         [kv_heads, tokens * GROUP] float32: log2 of the sum of exponentials, sum(dout * out) of a row
     tiles              int32 [programs / kv_heads, 8]
+
+With float32 inputs (FLOAT32) gradients are to be as exact as plain torch's: lse has a second such array with what the
+first lost to rounding, and delta is the sum of P dP over keys.
 """
 
 import math
@@ -128,7 +130,7 @@ def _constants(q: Tensor, k: Tensor, causal: bool, window: int, softcap: float) 
         "CAUSAL": causal,
         "WINDOWED": window > 0,
         "SOFTCAP": softcap > 0,
-        "LSE_LOW": _lse_parts(q.dtype) == 2,
+        "FLOAT32": _lse_parts(q.dtype) == 2,
     }
 
 

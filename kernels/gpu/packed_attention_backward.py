@@ -17,10 +17,10 @@ from .attention_common import (
 
 
 @triton.jit
-def _probabilities(product, high, low, factor, cap, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr):
+def _probabilities(product, high, low, factor, cap, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
     """Probabilities from saved sums, and tanh of the capped logits."""
     logits, tanh = base2_logits(product, factor, cap, SOFTCAP)
-    if LSE_LOW:
+    if FLOAT32:
         return tl.exp2((logits - high) - low), tanh
     return tl.exp2(logits - high), tanh
 
@@ -28,10 +28,10 @@ def _probabilities(product, high, low, factor, cap, SOFTCAP: tl.constexpr, LSE_L
 @triton.jit
 def _dq_step(
     q, dout, k, v, dq, high, low, delta, query, key, limit, factor, cap, window,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     zeros = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
-    p, tanh = _probabilities(dot(q, k.T, zeros), high[:, None], low[:, None], factor, cap, SOFTCAP, LSE_LOW)
+    p, tanh = _probabilities(dot(q, k.T, zeros), high[:, None], low[:, None], factor, cap, SOFTCAP, FLOAT32)
     if EDGE:
         p = tl.where(visible(query[:, None], key[None, :], limit, window, CAUSAL, WINDOWED), p, 0.0)
     ds = p * (dot(dout, v.T, zeros) - delta[:, None])
@@ -43,13 +43,36 @@ def _dq_step(
     return dot(ds.to(k.dtype), k, dq)
 
 
+@triton.jit
+def _exact_delta(
+    q, dout, k, v, high, low, query, col_start, col_end, factor, cap, window, stride_kt, stride_vt,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Mean of dP under P, at two more matmuls: where one key has nearly all of P, sum(dout * out) rounds otherwise."""
+    mass = tl.zeros([q.shape[0]], tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    zeros = tl.zeros([q.shape[0], BLOCK], tl.float32)
+    key = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    for col in range(col_start, col_end, BLOCK):
+        at = tl.cast(col, tl.int64)
+        k_tile = load(k + at * stride_kt + key[:, None] * stride_kt + d[None, :], col + key, col_end, True, D, BLOCK_D)
+        v_tile = load(v + at * stride_vt + key[:, None] * stride_vt + d[None, :], col + key, col_end, True, D, BLOCK_D)
+        p, _ = _probabilities(dot(q, k_tile.T, zeros), high[:, None], low[:, None], factor, cap, SOFTCAP, True)
+        p = tl.where(visible(query[:, None], (col + key)[None, :], col_end, window, CAUSAL, WINDOWED), p, 0.0)
+        mass += tl.sum(p, 1)
+        total += tl.sum(p * dot(dout, v_tile.T, zeros), 1)
+    return tl.where(mass == 0, 0.0, total / tl.where(mass == 0, 1.0, mass))
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def dq_kernel(
     q, k, v, out, dout, lse, dq, delta, k_desc, v_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries. Also writes delta, which dkdv_kernel reads: it must run first."""
     head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
@@ -66,18 +89,26 @@ def dq_kernel(
     count = tl.where(col_start < col_end, rows, 0)
     q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
     dout_tile = load(dout + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
-    out_tile = load(out + row_offsets(local, stride_ot, stride_oh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
-    delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     base = (head.to(tl.int64) * tokens + row_start) * GROUP
-    stored = row < rows
-    tl.store(delta + base + row, delta_tile, stored)
     high = tl.load(lse + base + local)
     low = high
-    if LSE_LOW:
+    if FLOAT32:
         low = tl.load(lse + kv_heads.to(tl.int64) * tokens * GROUP + base + local)
 
     k += head.to(tl.int64) * stride_kh
     v += head.to(tl.int64) * stride_vh
+    if FLOAT32:
+        delta_tile = _exact_delta(
+            q_tile, dout_tile, k, v, high, low, query, col_start, col_end, factor, cap, window, stride_kt, stride_vt,
+            D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+        )  # fmt: skip
+    else:
+        out_rows = row_offsets(local, stride_ot, stride_oh, GROUP, D, BLOCK_D)
+        out_tile = load(out + out_rows, local, count, True, D, BLOCK_D)
+        delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    stored = row < rows
+    tl.store(delta + base + row, delta_tile, stored)
+
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key = tl.arange(0, EDGE_N)
     d = tl.arange(0, BLOCK_D)
@@ -89,7 +120,7 @@ def dq_kernel(
         v_tile = load(v + at * stride_vt + v_offsets, col + key, limit, True, D, BLOCK_D)
         acc = _dq_step(
             q_tile, dout_tile, k_tile, v_tile, acc, high, low, delta_tile, query, col + key, limit, factor, cap, window,
-            CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, True,
+            CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
         )  # fmt: skip
 
     key = tl.arange(0, BLOCK_N)
@@ -104,7 +135,7 @@ def dq_kernel(
             v_tile = load(v + at * stride_vt + v_offsets, key, 0, False, D, BLOCK_D)
         acc = _dq_step(
             q_tile, dout_tile, k_tile, v_tile, acc, high, low, delta_tile, query, key, 0, factor, cap, window,
-            CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, False,
+            CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
         )  # fmt: skip
 
     stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (d < D)[None, :]
@@ -120,11 +151,11 @@ def dq_kernel(
 @triton.jit
 def _dkdv_step(
     q, dout, k, v, dk, dv, high, low, delta, query, key, window, valid, factor, cap,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of packed queries to dK and dV; everything is transposed, [keys, queries]."""
     zeros = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
-    p, tanh = _probabilities(dot(k, q.T, zeros), high[None, :], low[None, :], factor, cap, SOFTCAP, LSE_LOW)
+    p, tanh = _probabilities(dot(k, q.T, zeros), high[None, :], low[None, :], factor, cap, SOFTCAP, FLOAT32)
     if EDGE:
         seen = visible(query[None, :], key[:, None], 2147483647, window, CAUSAL, WINDOWED) & valid[None, :]
         p = tl.where(seen, p, 0.0)
@@ -143,7 +174,7 @@ def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, q_desc, dout_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys: a loop over the packed queries, of the whole group, that see it."""
     # Columns are packed rows here.
@@ -184,12 +215,12 @@ def dkdv_kernel(
         valid = col + m < limit
         high = tl.load(lse + col + m, mask=valid, other=0.0)
         low = high
-        if LSE_LOW:
+        if FLOAT32:
             low = tl.load(lse_low + col + m, mask=valid, other=0.0)
         delta_tile = tl.load(delta + col + m, mask=valid, other=0.0)
         dk_acc, dv_acc = _dkdv_step(
             q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
-            window, valid, factor, cap, CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, True,
+            window, valid, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
         )  # fmt: skip
 
     for col in range(full_start, full_end, BLOCK_M):
@@ -210,12 +241,12 @@ def dkdv_kernel(
             )  # fmt: skip
         high = tl.load(lse + col + m)
         low = high
-        if LSE_LOW:
+        if FLOAT32:
             low = tl.load(lse_low + col + m)
         delta_tile = tl.load(delta + col + m)
         dk_acc, dv_acc = _dkdv_step(
             q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
-            window, m < BLOCK_M, factor, cap, CAUSAL, WINDOWED, SOFTCAP, LSE_LOW, False,
+            window, m < BLOCK_M, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
         )  # fmt: skip
 
     stored = (key < row_end)[:, None] if BLOCK_D == D else (key < row_end)[:, None] & (d < D)[None, :]

@@ -48,7 +48,7 @@ def forward_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_LOW: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of a tile of queries."""
     head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
@@ -108,6 +108,6 @@ def forward_kernel(
     log_sum = tl.log2(row_sum)
     high = tl.where(empty, 0.0, row_max + log_sum)
     tl.store(lse + row, high, stored)
-    if LSE_LOW:
+    if FLOAT32:
         low = tl.where(empty, 0.0, (row_max - high) + log_sum)
         tl.store(lse + kv_heads.to(tl.int64) * tokens * GROUP + row, low, stored)
