@@ -56,8 +56,7 @@ Heads<const T> heads(const Tensor& x) {
   return {data<T>(x), x.stride(0), x.stride(1)};
 }
 
-// Calls run(task, next, scratch) for all tasks, in their order of start. Every thread takes the next one when it starts
-// the one before, so that it can fetch what it will need; null when there is none left.
+// Calls run(task, scratch) for all tasks, in their order of start; every thread takes the next one when it is free.
 template <class F>
 void run_tasks(const std::vector<AttentionTask>& tasks, int64_t scratch_floats, const F& run) {
   const int64_t floats = (scratch_floats + 15) / 16 * 16;
@@ -66,11 +65,7 @@ void run_tasks(const std::vector<AttentionTask>& tasks, int64_t scratch_floats, 
   float* base = mutable_data<float>(scratch);
   std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    for (size_t i = next++; i < tasks.size();) {
-      const size_t following = next++;
-      run(tasks[i], following < tasks.size() ? &tasks[following] : nullptr, base + thread * floats);
-      i = following;
-    }
+    for (size_t i = next++; i < tasks.size(); i = next++) run(tasks[i], base + thread * floats);
   });
 }
 
@@ -150,7 +145,7 @@ Tensor pack_documents(const AttentionShape& s, const PackedAttentionKernels<T>& 
   };
   for (AttentionTask& task : tasks) task.packed = place(task);
   run_tasks(for_each_head(whole, kv_heads), 0,
-            [&](const AttentionTask& t, const AttentionTask*, float*) { kernel.pack(s, t, k, v, place(t)); });
+            [&](const AttentionTask& t, float*) { kernel.pack(s, t, k, v, place(t)); });
   return packed;
 }
 
@@ -176,11 +171,10 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& q_any, const Tensor& k
   dispatch_float_bf16(q, "q", [&]<class T>() {
     const auto& kernel = kernels<PackedAttentionKernels<T>>();
     const Tensor packed = pack_documents(shape, kernel, bounds, documents, heads<T>(k), heads<T>(v), tasks);
-    run_tasks(tasks, kernel.forward_scratch(shape.d),
-              [&](const AttentionTask& task, const AttentionTask* next, float* scratch) {
-                kernel.forward(shape, task, next, heads<T>(q), heads<T>(k), heads<T>(v), mutable_data<T>(out),
-                               mutable_data<double>(lse), scratch);
-              });
+    run_tasks(tasks, kernel.forward_scratch(shape.d), [&](const AttentionTask& task, float* scratch) {
+      kernel.forward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), mutable_data<T>(out),
+                     mutable_data<double>(lse), scratch);
+    });
     zero_tail<T>(out, bounds[documents]);
   });
   return {out, lse};
@@ -283,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& dout_
     const int64_t padded_d = kernel.padded(shape.d);
     const BackwardWork work = backward_work(shape, bounds, documents, padded_d);
     run_tasks(for_each_head(work.tasks, kv_heads, 2 * padded_d), kernel.backward_scratch(shape.d, work.most_keys),
-              [&](const AttentionTask& task, const AttentionTask*, float* scratch) {
+              [&](const AttentionTask& task, float* scratch) {
                 kernel.backward(shape, task, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(dout), data<double>(lse),
                                 mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv), scratch);
               });

@@ -45,9 +45,8 @@ struct PackedAttentionKernels {
   void (*pack)(const AttentionShape& shape, const AttentionTask& document, Heads<const T> k, Heads<const T> v,
                float* packed);
   int64_t (*forward_scratch)(int64_t d);  // floats
-  // next: the task that the thread will run after this one, whose queries may be fetched; null after the last one.
-  void (*forward)(const AttentionShape& shape, const AttentionTask& task, const AttentionTask* next, Heads<const T> q,
-                  Heads<const T> k, Heads<const T> v, T* out, double* lse, float* scratch);
+  void (*forward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
+                  Heads<const T> v, T* out, double* lse, float* scratch);
   int64_t (*backward_scratch)(int64_t d, int64_t keys);  // keys: most that a task reads
   void (*backward)(const AttentionShape& shape, const AttentionTask& task, Heads<const T> q, Heads<const T> k,
                    Heads<const T> v, Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch);

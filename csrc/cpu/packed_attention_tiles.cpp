@@ -120,8 +120,8 @@ inline int64_t forward_scratch(int64_t d) {
 }
 
 template <class T>
-void forward(const AttentionShape& s, const AttentionTask& t, const AttentionTask*, Heads<const T> q, Heads<const T> k,
-             Heads<const T> v, T* out, double* lse, float* scratch) {
+void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, Heads<const T> k, Heads<const T> v,
+             T* out, double* lse, float* scratch) {
   const int64_t d = s.d, stride = padded(d);
   float* rows = scratch;
   float* q_columns = rows + kLanes * stride;

@@ -15,8 +15,8 @@ namespace forge {
 namespace FORGE_ISA {
 namespace {
 
-// Even, and whole blocks of kBlockRows. The logits of a tile are 48 KiB and come from L2; fewer keys cost more in passes
-// over O than that.
+// Even, and whole blocks of kBlockRows. The logits of a tile are 48 KiB and come from L2; fewer keys would cost more
+// than that in passes over O.
 constexpr int64_t kTileKeys = 192;
 
 // Hands out a task's scratch in whole cache lines.
@@ -96,8 +96,8 @@ int64_t forward_scratch(int64_t d) {
   return kLanePairs * padded(d) + kLanes * padded(d) + kTileKeys * (kLanes + kLanePairs) + 16;
 }
 
-void forward(const AttentionShape& s, const AttentionTask& t, const AttentionTask* next, Heads<const bf16> q,
-             Heads<const bf16>, Heads<const bf16>, bf16* out, double* lse, float* scratch) {
+void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> q, Heads<const bf16>,
+             Heads<const bf16>, bf16* out, double* lse, float* scratch) {
   const int64_t d = s.d, stride = padded(d), depth = (d + 1) / 2;
   const uint32_t* keys = reinterpret_cast<const uint32_t*>(t.packed);
   const uint32_t* value_pairs = keys + even(t.last - t.first) * stride / 2;
@@ -115,11 +115,7 @@ void forward(const AttentionShape& s, const AttentionTask& t, const AttentionTas
     find_rows(lanes, q, rows);
     pack_columns(rows, d, s.scale, q_columns);
     prefetch_lanes(s, t, row, {out, s.q_heads * d, d});
-    if (row + kLanes < t.end * s.group) {
-      prefetch_lanes(s, t, row + kLanes, q);
-    } else if (next != nullptr) {
-      prefetch_lanes(s, *next, next->begin * s.group, q);
-    }
+    prefetch_lanes(s, t, row + kLanes, q);
     const int64_t vectors = (lanes.count + kVector - 1) / kVector;
     RunningSoftmax state;
     for (int64_t i = 0; i < kLanes; ++i) {
