@@ -150,14 +150,14 @@ def dq_kernel(
 
 @triton.jit
 def _dkdv_step(
-    q, dout, k, v, dk, dv, high, low, delta, query, key, window, valid, factor, cap,
+    q, dout, k, v, dk, dv, high, low, delta, query, key, window, factor, cap,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of packed queries to dK and dV; everything is transposed, [keys, queries]."""
     zeros = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
     p, tanh = _probabilities(dot(k, q.T, zeros), high[None, :], low[None, :], factor, cap, SOFTCAP, FLOAT32)
     if EDGE:
-        seen = visible(query[None, :], key[:, None], 2147483647, window, CAUSAL, WINDOWED) & valid[None, :]
+        seen = visible(query[None, :], key[:, None], 2147483647, window, CAUSAL, WINDOWED)
         p = tl.where(seen, p, 0.0)
     dv = dot(p.to(dout.dtype), dout, dv)
     ds = p * (dot(v, dout.T, zeros) - delta[None, :])
@@ -212,6 +212,7 @@ def dkdv_kernel(
             dout + at * stride_gt + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), col + m, limit, True,
             D, BLOCK_D,
         )  # fmt: skip
+        # Rows past the edge are zeros in q, dout, lse and delta: they add nothing.
         valid = col + m < limit
         high = tl.load(lse + col + m, mask=valid, other=0.0)
         low = high
@@ -220,7 +221,7 @@ def dkdv_kernel(
         delta_tile = tl.load(delta + col + m, mask=valid, other=0.0)
         dk_acc, dv_acc = _dkdv_step(
             q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
-            window, valid, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
+            window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
         )  # fmt: skip
 
     for col in range(full_start, full_end, BLOCK_M):
@@ -246,7 +247,7 @@ def dkdv_kernel(
         delta_tile = tl.load(delta + col + m)
         dk_acc, dv_acc = _dkdv_step(
             q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
-            window, m < BLOCK_M, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
+            window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
         )  # fmt: skip
 
     stored = (key < row_end)[:, None] if BLOCK_D == D else (key < row_end)[:, None] & (d < D)[None, :]
