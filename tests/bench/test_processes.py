@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[2]
 ROOFLINE = Roofline({"float32": 1e12, "bfloat16": 1e12}, copy=1e10)
 
 
-def _rms_norm() -> Workload:
-    return registry.load("cpu", "rms_norm 2048")[0]
+def _swiglu() -> Workload:
+    return registry.load("cpu", "swiglu 2048")[0]
 
 
 def test_base_process_measures_itself_and_names_what_it_lacks() -> None:
     process = BaseProcess("forge@abc1234", ROOT, "cpu")
     try:
-        candidate = process.candidate(_rms_norm())
+        candidate = process.candidate(_swiglu())
         assert isinstance(candidate, Remote)
         assert candidate.memory() or sys.platform != "linux"
         assert 1e-6 < candidate.seconds() < 10
@@ -51,16 +51,16 @@ def test_unknown_commit_is_an_error() -> None:
 def test_a_child_that_dies_or_hangs_costs_one_row() -> None:
     child = Isolated("cpu", 0.0, "no peers")
     try:
-        first = child.measure(_rms_norm(), ROOFLINE)
+        first = child.measure(_swiglu(), ROOFLINE)
         assert first["seconds"]["forge"]["rounds"] == 5
         assert child._child
         child._child.kill()
         child._child.wait()
-        assert "seconds" in child.measure(_rms_norm(), ROOFLINE)  # a new child took over
+        assert "seconds" in child.measure(_swiglu(), ROOFLINE)  # a new child took over
         gone = Workload("new_op", "1x1", "cpu", "float32", 0.0, 0.0, dict)
         assert child.measure(gone, ROOFLINE)["failed"] == "its process ended with status 1"
         child._limit = 0.0
-        assert "took more than 0 s" in child.measure(_rms_norm(), ROOFLINE)["failed"]
+        assert "took more than 0 s" in child.measure(_swiglu(), ROOFLINE)["failed"]
     finally:
         child.close()
 
