@@ -26,22 +26,22 @@ STABLE_TORCH_LIBRARY(forge, m) {
   m.def("frozen_linear_backward(Tensor[] dys, Tensor[] weights) -> Tensor");
   m.def(
       "weighted_linear_cross_entropy(Tensor hidden, Tensor lm_head, Tensor targets, Tensor? token_weights,"
-      " Tensor? source_ids, int num_sources, Tensor? normalizer, int ignore_index, float softcap, float z_loss,"
-      " float label_smoothing, bool need_dhidden, bool need_dhead)"
+      " Tensor? source_ids, int num_sources, Tensor? normalizer, int ignore_index, SymInt? counted_rows,"
+      " float softcap, float z_loss, float label_smoothing, bool need_dhidden, bool need_dhead)"
       " -> (Tensor loss, Tensor weighted_nll, Tensor weight_sum, Tensor token_count, Tensor correct, Tensor dhidden,"
       " Tensor dhead)");
   m.def(
       "linear_token_logprobs(Tensor hidden, Tensor lm_head, Tensor targets, float temperature, float softcap,"
-      " int ignore_index) -> (Tensor logprob, Tensor entropy, Tensor softmax)");
+      " int ignore_index, SymInt? counted_rows) -> (Tensor logprob, Tensor entropy, Tensor softmax)");
   m.def(
       "linear_token_logprobs_backward(Tensor dlogprob, Tensor dentropy, Tensor hidden, Tensor lm_head, Tensor targets,"
-      " Tensor entropy, Tensor softmax, float temperature, float softcap, int ignore_index, bool need_dhidden,"
-      " bool need_dhead) -> (Tensor dhidden, Tensor dhead)");
+      " Tensor entropy, Tensor softmax, float temperature, float softcap, int ignore_index,"
+      " SymInt? counted_rows, bool need_dhidden, bool need_dhead) -> (Tensor dhidden, Tensor dhead)");
   m.def(
       "policy_gradient_loss(Tensor hidden, Tensor lm_head, Tensor targets, Tensor advantages, Tensor? old_logprobs,"
       " Tensor? ref_logprobs, Tensor? token_weights, Tensor? cu_seqlens, Tensor? normalizer, str objective,"
       " float clip_low, float clip_high, float kl_coef, float entropy_coef, float temperature, float softcap,"
-      " int ignore_index, bool need_dhidden, bool need_dhead)"
+      " int ignore_index, SymInt? counted_rows, bool need_dhidden, bool need_dhead)"
       " -> (Tensor loss, Tensor counts, Tensor sums, Tensor dhidden, Tensor dhead)");
   m.def(
       "packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? tiles, bool causal, int window,"

@@ -1,11 +1,18 @@
-"""What the losses over a linear head share: argument checks, shapes for the fakes, a rule of the backward."""
+"""What the losses over a linear head share: argument checks, shapes for the fakes, a rule of the backward.
+
+Their Triton twins keep dhead in float32, the sum over chunks; the backward rounds it.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .library import register_op
+from .registry import triton_reasons
 
 
 def check_linear_head(hidden: Tensor, lm_head: Tensor, targets: Tensor, softcap: float | None) -> int:
@@ -43,6 +50,20 @@ def check_token_values(argument: str, values: Tensor | None, tokens: int) -> Non
         raise ValueError(f"{argument}: got a tensor that requires grad, expected one that does not; detach it")
 
 
+def check_counted_rows(counted_rows: int | None) -> None:
+    """Checks a bound for the number of rows that count."""
+    if counted_rows is not None and counted_rows < 0:
+        raise ValueError(f"counted_rows: got {counted_rows}, expected a number of rows, or None")
+
+
+def head_triton_reasons(*tensors: Tensor) -> list[str]:
+    """What keeps the Triton kernels of these losses from taking the tensors."""
+    reasons = triton_reasons(*tensors)
+    if any(tensor.dtype == torch.float16 for tensor in tensors):
+        reasons.append("takes float32 and bfloat16, got torch.float16: a token's gradient would underflow")
+    return reasons
+
+
 def normalizer_tensor(normalizer: Tensor | float | None, hidden: Tensor) -> Tensor | None:
     """The normalizer as a one-element tensor in the dtype that `hidden` is computed in; None stays None."""
     if normalizer is None:
@@ -71,8 +92,8 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(f"{op}: got a backward with create_graph=True, expected a first derivative only")
 
 
-def register_gradients_of_loss(op: str) -> None:
-    """Autograd for an op whose last two inputs ask for dhidden and dhead and whose last two outputs are these.
+def register_loss(name: str, fake: Callable[..., Any], *, gpu: str | None = None) -> None:
+    """Fake and autograd of an op whose last two inputs ask for dhidden and dhead and whose last two outputs are these.
 
     They are the gradients of the first output, a scalar; the backward only multiplies by its upstream gradient.
     """
@@ -80,11 +101,24 @@ def register_gradients_of_loss(op: str) -> None:
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[-2:])
-        ctx.needs, ctx.inputs = inputs[-2:], len(inputs)
+        ctx.needs, ctx.inputs, ctx.dtype = inputs[-2:], len(inputs), inputs[0].dtype
 
-    def backward(ctx, dloss: Tensor, *_):  # type: ignore[no-untyped-def]
-        refuse_double_backward(op)
-        gradients = [g * dloss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    def backward(_ops, ctx, dloss: Tensor, *_):  # type: ignore[no-untyped-def]
+        refuse_double_backward(name)
+        gradients = [
+            _scaled(g, dloss, ctx.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
         return *gradients, *[None] * (ctx.inputs - 2)
 
-    torch.library.register_autograd(f"forge::{op}", backward, setup_context=setup_context)
+    def float32_dhead(*inputs: Any) -> tuple[Tensor, ...]:
+        *outputs, dhead = fake(*inputs)
+        return *outputs, dhead.new_empty(dhead.shape, dtype=torch.float32)
+
+    register_op(name, fake, backward, setup_context, gpu=gpu, gpu_fake=float32_dhead)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.dtype == dtype:
+        return gradient * factor
+    # One pass and one rounding: `(gradient * factor).to(dtype)` would write a float32 copy of the head first.
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -1,10 +1,21 @@
 """Log-probability and entropy of every token under a linear head, without the full logits."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .linear_head import check_linear_head, check_temperature, fake_gradients, refuse_double_backward
+from .library import register_op
+from .linear_head import (
+    check_counted_rows,
+    check_linear_head,
+    check_temperature,
+    fake_gradients,
+    head_triton_reasons,
+    refuse_double_backward,
+)
 from .registry import Op, cpp_reasons, no_reasons
 
 OP = Op("linear_token_logprobs")
@@ -18,6 +29,7 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    counted_rows: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of its distribution, for any upstream gradients of both.
@@ -33,7 +45,9 @@ def linear_token_logprobs(
         temperature: > 0; divides the logits.
         softcap: c > 0 of the logits' softcap, None for no softcap.
         ignore_index: rows with this target cost no matmul, give 0 twice and get zero gradients.
-        backend: "auto" tries "cpp" (CPU; chunks of rows, no full logits), then "reference".
+        counted_rows: a bound for the number of rows that count, where the caller knows one without asking the GPU: the
+            matmuls of "triton" then go over that many rows only, instead of all. It fails where more rows count.
+        backend: "auto" tries "cpp" (CPU), "triton" (GPU; both over chunks of rows, no full logits), then "reference".
 
     Returns:
         logprob float32 [tokens] in nats, entropy float32 [tokens] in nats.
@@ -44,25 +58,40 @@ def linear_token_logprobs(
     """
     check_linear_head(hidden, lm_head, targets, softcap)
     check_temperature(temperature)
+    check_counted_rows(counted_rows)
     run = OP.select(backend, hidden, lm_head)
-    return run(hidden, lm_head, targets, temperature, softcap, ignore_index)
+    return run(hidden, lm_head, targets, temperature, softcap, ignore_index, counted_rows=counted_rows)
 
 
-def _run_compiled(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, softcap: float | None, ignore_index: int
+def _run(
+    ops: Any,
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    *,
+    counted_rows: int | None,
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.forge.linear_token_logprobs(hidden, lm_head, targets, temperature, softcap or 0.0, ignore_index)[
+    return ops.linear_token_logprobs(hidden, lm_head, targets, temperature, softcap or 0.0, ignore_index, counted_rows)[
         :2
     ]
 
 
-OP.register("cpp", _run_compiled, cpp_reasons)
+OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("triton", partial(_run, torch.ops.forge_triton), head_triton_reasons)
 OP.register("reference", reference.linear_token_logprobs, no_reasons)
 
 
-@torch.library.register_fake("forge::linear_token_logprobs")
 def _fake(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, temperature: float, softcap: float, ignore_index: int
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    counted_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logprob, entropy = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
     return (
@@ -72,7 +101,6 @@ def _fake(
     )  # row maxima, sums of exponentials
 
 
-@torch.library.register_fake("forge::linear_token_logprobs_backward")
 def _fake_backward(
     dlogprob: Tensor,
     dentropy: Tensor,
@@ -84,6 +112,7 @@ def _fake_backward(
     temperature: float,
     softcap: float,
     ignore_index: int,
+    counted_rows: int | None,
     need_dhidden: bool,
     need_dhead: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -91,25 +120,19 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, lm_head, targets, ctx.temperature, ctx.softcap, ctx.ignore_index = inputs
+    hidden, lm_head, targets, *ctx.options = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(hidden, lm_head, targets, output[1], output[2])
 
 
-def _backward(ctx, dlogprob: Tensor, dentropy: Tensor, _dsoftmax: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ops, ctx, dlogprob: Tensor, dentropy: Tensor, _dsoftmax: Tensor):  # type: ignore[no-untyped-def]
     refuse_double_backward("linear_token_logprobs")
     need_dhidden, need_dhead = ctx.needs_input_grad[:2]
-    dhidden, dhead = torch.ops.forge.linear_token_logprobs_backward(
-        dlogprob,
-        dentropy,
-        *ctx.saved_tensors,
-        ctx.temperature,
-        ctx.softcap,
-        ctx.ignore_index,
-        need_dhidden,
-        need_dhead,
+    dhidden, dhead = ops.linear_token_logprobs_backward(
+        dlogprob, dentropy, *ctx.saved_tensors, *ctx.options, need_dhidden, need_dhead
     )
-    return dhidden if need_dhidden else None, dhead if need_dhead else None, None, None, None, None
+    return dhidden if need_dhidden else None, dhead if need_dhead else None, None, None, None, None, None
 
 
-torch.library.register_autograd("forge::linear_token_logprobs", _backward, setup_context=_setup_context)
+register_op("linear_token_logprobs", _fake, _backward, _setup_context, gpu="linear_token_logprobs")
+register_op("linear_token_logprobs_backward", _fake_backward, gpu="linear_token_logprobs")

@@ -1,19 +1,22 @@
 """Clipped policy gradients over a linear head, with KL and entropy terms, without the full logits."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .linear_head import (
+    check_counted_rows,
     check_linear_head,
     check_temperature,
     check_token_values,
     fake_gradients,
+    head_triton_reasons,
     normalizer_tensor,
-    register_gradients_of_loss,
+    register_loss,
 )
 from .registry import Op, cpp_reasons, no_reasons
 
@@ -59,6 +62,7 @@ def policy_gradient_loss(
     normalizer: Tensor | float | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    counted_rows: int | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """Policy-gradient loss of `softmax(hidden @ lm_head.T / temperature)` for sampled tokens with given advantages.
@@ -83,9 +87,9 @@ def policy_gradient_loss(
     in reward: weight 0 (they cost no matmul) and a normalizer that still counts them.
 
     Computed in float32 (float64 for float64 inputs). Rows that are ignored or have weight zero do not reach any matmul
-    and get zero gradients. Differentiable once. "cpp" computes the gradients together with the loss, in two matmuls
-    with a frozen head and three with a trained one (one more each for "sequence_clip"), so call it under no_grad where
-    they are not wanted.
+    and get zero gradients. Differentiable once. "cpp" and "triton" compute the gradients together with the loss, in two
+    matmuls with a frozen head and three with a trained one (one more each for "sequence_clip"), so call them under
+    no_grad where they are not wanted.
 
     Args:
         hidden: [tokens, hidden], after the final norm.
@@ -110,7 +114,9 @@ def policy_gradient_loss(
         cu_seqlens: int32 [sequences + 1], for "sequence_clip" only: every token that counts lies in a sequence, and its
             sequence's tokens that count form the mean.
         ignore_index: targets with this value do not count.
-        backend: "auto" tries "cpp" (CPU; chunks of rows, no full logits), then "reference".
+        counted_rows: a bound for the number of rows that count, where the caller knows one without asking the GPU: the
+            matmuls of "triton" then go over that many rows only, instead of all. It fails where more rows count.
+        backend: "auto" tries "cpp" (CPU), "triton" (GPU; both over chunks of rows, no full logits), then "reference".
 
     Returns:
         PolicyLoss: the loss (float32) and what is reported.
@@ -133,6 +139,7 @@ def policy_gradient_loss(
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype != torch.int32):
         got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens: got {got}, expected int32 [sequences + 1]")
+    check_counted_rows(counted_rows)
     total = normalizer_tensor(normalizer, hidden)
     run = OP.select(backend, hidden, lm_head)
     loss, counts, sums = run(
@@ -153,6 +160,7 @@ def policy_gradient_loss(
         temperature,
         softcap,
         ignore_index,
+        counted_rows=counted_rows,
     )
     return PolicyLoss(loss, *counts.unbind(), *sums.unbind())
 
@@ -173,25 +181,28 @@ def _check_options(
     check_temperature(temperature)
 
 
-def _run_compiled(hidden: Tensor, lm_head: Tensor, *rest: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    ops: Any, hidden: Tensor, lm_head: Tensor, *rest: Tensor | float | str | None, counted_rows: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     *options, softcap, ignore_index = rest
     grad = torch.is_grad_enabled()
-    return torch.ops.forge.policy_gradient_loss(
+    return ops.policy_gradient_loss(
         hidden,
         lm_head,
         *options,
         softcap or 0.0,
         ignore_index,
+        counted_rows,
         grad and hidden.requires_grad,
         grad and lm_head.requires_grad,
     )[:3]
 
 
-OP.register("cpp", _run_compiled, cpp_reasons)
+OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("triton", partial(_run, torch.ops.forge_triton), head_triton_reasons)
 OP.register("reference", reference.policy_gradient_loss, no_reasons)
 
 
-@torch.library.register_fake("forge::policy_gradient_loss")
 def _fake(
     hidden: Tensor,
     lm_head: Tensor,
@@ -210,6 +221,7 @@ def _fake(
     temperature: float,
     softcap: float,
     ignore_index: int,
+    counted_rows: int | None,
     need_dhidden: bool,
     need_dhead: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -221,4 +233,4 @@ def _fake(
     )
 
 
-register_gradients_of_loss("policy_gradient_loss")
+register_loss("policy_gradient_loss", _fake, gpu="policy_gradient_loss")

@@ -44,9 +44,11 @@ def weighted_linear_cross_entropy(
     softcap: float | None,
     z_loss: float,
     label_smoothing: float,
+    counted_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, then per source: weighted nll, weight, counted tokens, correct tokens."""
     weights, counted = _weights(hidden, lm_head, targets, token_weights, ignore_index)
+    _require_bound(counted, counted_rows)
     sources = torch.zeros_like(targets) if source_ids is None else source_ids.long()
     _require(~counted | ((sources >= 0) & (sources < num_sources)), "source_ids", sources, f"0 <= id < {num_sources}")
 
@@ -78,10 +80,12 @@ def linear_token_logprobs(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
+    counted_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, softmax(softcapped logits / temperature)."""
     kept = targets != ignore_index
     _require_targets(targets, kept, lm_head.shape[0])
+    _require_bound(kept, counted_rows)
     logprobs = (_logits(hidden, lm_head, kept, softcap) / temperature).log_softmax(-1)
     logprob = logprobs.gather(-1, targets.masked_fill(~kept, 0)[:, None])[:, 0]
     entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -106,9 +110,11 @@ def policy_gradient_loss(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
+    counted_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss; counts (all, clipped low, clipped high); sums of entropy, KL to reference and old policy, ratio, max."""
     weights, counted = _weights(hidden, lm_head, targets, token_weights, ignore_index)
+    _require_bound(counted, counted_rows)
     logprob, entropy = linear_token_logprobs(
         hidden, lm_head, targets.masked_fill(~counted, ignore_index), temperature, softcap, ignore_index
     )
@@ -188,6 +194,12 @@ def _logits(hidden: Tensor, lm_head: Tensor, rows: Tensor, softcap: float | None
 
 def _require_targets(targets: Tensor, kept: Tensor, vocab: int) -> None:
     _require(~kept | ((targets >= 0) & (targets < vocab)), "targets", targets, f"0 <= target < {vocab} or ignore_index")
+
+
+def _require_bound(counted: Tensor, bound: int | None) -> None:
+    if bound is not None:
+        given = torch.full((1,), bound, device=counted.device)
+        _require(counted.sum() <= given, "counted_rows", given, "at least the number of rows that count")
 
 
 def _require(ok: Tensor, argument: str, values: Tensor, expected: str) -> None:

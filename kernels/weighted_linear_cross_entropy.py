@@ -1,18 +1,21 @@
 """Weighted cross-entropy of a linear head, per-source statistics included, without the full logits."""
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .linear_head import (
+    check_counted_rows,
     check_linear_head,
     check_token_values,
     fake_gradients,
+    head_triton_reasons,
     normalizer_tensor,
-    register_gradients_of_loss,
+    register_loss,
 )
 from .registry import Op, cpp_reasons, no_reasons
 
@@ -45,6 +48,7 @@ def weighted_linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    counted_rows: int | None = None,
     backend: str = "auto",
 ) -> MixingLoss:
     """Cross-entropy of `softmax(hidden @ lm_head.T)` with a weight per token, summed per data source on the way.
@@ -56,7 +60,7 @@ def weighted_linear_cross_entropy(
     e is `label_smoothing` as in torch.nn.functional.cross_entropy (Szegedy et al., arXiv 1512.00567), the z-loss that
     of PaLM (arXiv 2204.02311). Computed in float32 (float64 for float64 inputs). Rows that are ignored or have weight
     zero do not reach any matmul and get zero gradients. Differentiable once.
-    "cpp" computes the gradients together with the loss, so call it under no_grad where they are not wanted.
+    "cpp" and "triton" compute the gradients together with the loss, so call them under no_grad where none is wanted.
 
     Args:
         hidden: [tokens, hidden], after the final norm.
@@ -72,7 +76,10 @@ def weighted_linear_cross_entropy(
         softcap: c > 0 of the logits' softcap, None for no softcap.
         z_loss: factor of the squared logsumexp, >= 0.
         label_smoothing: e, 0 <= e <= 1.
-        backend: "auto" tries "cpp" (CPU; one pass over chunks of rows, no full logits), then "reference".
+        counted_rows: a bound for the number of rows that count, where the caller knows one without asking the GPU: the
+            matmuls of "triton" then go over that many rows only, instead of all. It fails where more rows count.
+        backend: "auto" tries "cpp" (CPU), "triton" (GPU; both one pass over chunks of rows, no full logits), then
+            "reference".
 
     Returns:
         MixingLoss: the loss (float32) and the statistics per source.
@@ -91,6 +98,7 @@ def weighted_linear_cross_entropy(
         raise ValueError(f"z_loss: got {z_loss}, expected a finite number >= 0")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected 0 <= label_smoothing <= 1")
+    check_counted_rows(counted_rows)
     total = normalizer_tensor(normalizer, hidden)
     run = OP.select(backend, hidden, lm_head)
     return MixingLoss(
@@ -106,11 +114,13 @@ def weighted_linear_cross_entropy(
             softcap,
             z_loss,
             label_smoothing,
+            counted_rows=counted_rows,
         )
     )
 
 
-def _run_compiled(
+def _run(
+    ops: Any,
     hidden: Tensor,
     lm_head: Tensor,
     targets: Tensor,
@@ -122,9 +132,11 @@ def _run_compiled(
     softcap: float | None,
     z_loss: float,
     label_smoothing: float,
+    *,
+    counted_rows: int | None,
 ) -> tuple[Tensor, ...]:
     grad = torch.is_grad_enabled()
-    return torch.ops.forge.weighted_linear_cross_entropy(
+    return ops.weighted_linear_cross_entropy(
         hidden,
         lm_head,
         targets,
@@ -133,6 +145,7 @@ def _run_compiled(
         num_sources,
         normalizer,
         ignore_index,
+        counted_rows,
         softcap or 0.0,
         z_loss,
         label_smoothing,
@@ -141,11 +154,11 @@ def _run_compiled(
     )[:5]
 
 
-OP.register("cpp", _run_compiled, cpp_reasons)
+OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("triton", partial(_run, torch.ops.forge_triton), head_triton_reasons)
 OP.register("reference", reference.weighted_linear_cross_entropy, no_reasons)
 
 
-@torch.library.register_fake("forge::weighted_linear_cross_entropy")
 def _fake(
     hidden: Tensor,
     lm_head: Tensor,
@@ -155,6 +168,7 @@ def _fake(
     num_sources: int,
     normalizer: Tensor | None,
     ignore_index: int,
+    counted_rows: int | None,
     softcap: float,
     z_loss: float,
     label_smoothing: float,
@@ -171,4 +185,4 @@ def _fake(
     )
 
 
-register_gradients_of_loss("weighted_linear_cross_entropy")
+register_loss("weighted_linear_cross_entropy", _fake, gpu="weighted_linear_cross_entropy")

@@ -24,9 +24,10 @@ struct CountedRows {
   size_t count() const { return rows.size(); }
 };
 
-// Rows whose target is not `ignore_index` and whose weight is not zero, in order. No weights: all ones.
+// Rows whose target is not `ignore_index` and whose weight is not zero, in order. No weights: all ones. `most`: a bound
+// for their number that the caller gave.
 inline CountedRows count_rows(const Tensor& targets_any, const std::optional<Tensor>& weights_any, int64_t vocab,
-                              int64_t ignore_index) {
+                              int64_t ignore_index, const std::optional<int64_t>& most) {
   const int64_t tokens = targets_any.numel();
   const Tensor targets = as_contiguous(targets_any);
   if (weights_any) check_vector(*weights_any, "token_weights", ScalarType::Float, tokens);
@@ -46,6 +47,8 @@ inline CountedRows count_rows(const Tensor& targets_any, const std::optional<Ten
     counted.weights.push_back(weight);
     counted.weight_sum += static_cast<double>(weight);
   }
+  FORGE_CHECK(!most || static_cast<int64_t>(counted.count()) <= *most, "counted_rows", *most,
+              "at least " << counted.count() << ", the number of rows that count");
   return counted;
 }
 

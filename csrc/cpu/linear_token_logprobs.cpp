@@ -74,11 +74,11 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs(const Tensor& hidden_any, const Tensor& lm_head_any,
                                                          const Tensor& targets, double temperature, double softcap,
-                                                         int64_t ignore_index) {
+                                                         int64_t ignore_index, std::optional<int64_t> counted_rows) {
   const int64_t tokens = check_linear_head(hidden_any, lm_head_any, targets);
   const Tensor hidden = as_contiguous(hidden_any), lm_head = as_contiguous(lm_head_any);
   const int64_t vocab = lm_head.size(0);
-  const CountedRows kept = count_rows(targets, {}, vocab, ignore_index);
+  const CountedRows kept = count_rows(targets, {}, vocab, ignore_index, counted_rows);
   const size_t count = kept.count();
   std::vector<double> logprobs(count);
   std::vector<float> compact(3 * count);  // entropy, max, exp_sum of the kept rows
@@ -123,11 +123,12 @@ std::tuple<Tensor, Tensor> linear_token_logprobs_backward(const Tensor& dlogprob
                                                           const Tensor& hidden_any, const Tensor& lm_head_any,
                                                           const Tensor& targets, const Tensor& entropy,
                                                           const Tensor& softmax, double temperature, double softcap,
-                                                          int64_t ignore_index, bool need_dhidden, bool need_dhead) {
+                                                          int64_t ignore_index, std::optional<int64_t> counted_rows,
+                                                          bool need_dhidden, bool need_dhead) {
   const int64_t tokens = check_linear_head(hidden_any, lm_head_any, targets);
   const Tensor hidden = as_contiguous(hidden_any), lm_head = as_contiguous(lm_head_any);
   const int64_t vocab = lm_head.size(0);
-  const CountedRows kept = count_rows(targets, {}, vocab, ignore_index);
+  const CountedRows kept = count_rows(targets, {}, vocab, ignore_index, counted_rows);
   const size_t count = kept.count();
   std::vector<float> compact(5 * count);
   const auto gather = [&](const Tensor& any, const char* argument, size_t k) {

@@ -214,14 +214,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_gradient_loss(
     std::optional<Tensor> old_logprobs, std::optional<Tensor> ref_logprobs, std::optional<Tensor> token_weights,
     std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, std::string objective, double clip_low,
     double clip_high, double kl_coef, double entropy_coef, double temperature, double softcap, int64_t ignore_index,
-    bool need_dhidden, bool need_dhead) {
+    std::optional<int64_t> counted_rows, bool need_dhidden, bool need_dhead) {
   const int64_t tokens = check_linear_head(hidden_any, lm_head_any, targets);
   const Tensor hidden = as_contiguous(hidden_any), lm_head = as_contiguous(lm_head_any);
   const PolicyOptions options{parse_objective(objective), 1.0 - clip_low, 1.0 + clip_high, kl_coef, entropy_coef};
   FORGE_CHECK(cu_seqlens.has_value() == (options.objective == Objective::kSequenceClip), "cu_seqlens",
               (cu_seqlens ? "offsets" : "none"), "offsets with objective sequence_clip, none with the others");
   FORGE_CHECK(kl_coef == 0 || ref_logprobs, "ref_logprobs", "none", "float32 [tokens] because kl_coef is not 0");
-  const CountedRows counted = count_rows(targets, token_weights, lm_head.size(0), ignore_index);
+  const CountedRows counted = count_rows(targets, token_weights, lm_head.size(0), ignore_index, counted_rows);
   const Tensor offsets = cu_seqlens ? as_contiguous(*cu_seqlens) : targets;
   const int64_t documents = cu_seqlens ? check_cu_seqlens(offsets, tokens) : 0;
 

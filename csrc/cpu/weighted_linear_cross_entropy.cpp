@@ -100,13 +100,13 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 Outputs weighted_linear_cross_entropy(const Tensor& hidden_any, const Tensor& lm_head_any, const Tensor& targets,
                                       std::optional<Tensor> token_weights, std::optional<Tensor> source_ids,
                                       int64_t num_sources, std::optional<Tensor> normalizer, int64_t ignore_index,
-                                      double softcap, double z_loss, double label_smoothing, bool need_dhidden,
-                                      bool need_dhead) {
+                                      std::optional<int64_t> counted_rows, double softcap, double z_loss,
+                                      double label_smoothing, bool need_dhidden, bool need_dhead) {
   const int64_t tokens = check_linear_head(hidden_any, lm_head_any, targets);
   FORGE_CHECK(num_sources >= 1, "num_sources", num_sources, "at least 1");
   const Tensor hidden = as_contiguous(hidden_any), lm_head = as_contiguous(lm_head_any);
   const int64_t vocab = lm_head.size(0);
-  const CountedRows counted = count_rows(targets, token_weights, vocab, ignore_index);
+  const CountedRows counted = count_rows(targets, token_weights, vocab, ignore_index, counted_rows);
   const std::vector<int32_t> sources = sources_of(counted, source_ids, tokens, num_sources);
   const double inverse = inverse_normalizer(normalizer, counted);
 

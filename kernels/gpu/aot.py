@@ -231,18 +231,21 @@ def table(kernels: Sequence[Kernel], ops: Sequence[str] = OPS) -> str:
             predicted = f"{predicted_seconds(hopper, workload.flops) * 1e6:.1f}" if hopper else "not for sm_90"
             times = f"{predicted} | {floor * 1e6:.1f}"
             launched = len(mine) // len(workload.architectures)
+            rows: dict[tuple[str, ...], int] = {}  # a kernel launched several times has one row
             for i in range(launched):
                 each = mine[i::launched]
-                cells = [
-                    workload.name.split(": ", 1)[1] if i == 0 else "",
-                    f"`{each[0].function.strip('_')}`",
+                row = (
+                    each[0].function.strip("_"),
                     str(each[0].warps),
                     _listed(kernel.registers for kernel in each),
                     _listed(f"{kernel.shared_bytes / 1024:.0f}" for kernel in each),
                     _listed(f"{100 * kernel.occupancy:.0f} %" for kernel in each),
-                    times if i == 0 else " | ",
-                ]
-                text.append(f"| {' | '.join(cells)} |")
+                )
+                rows[row] = rows.get(row, 0) + 1
+            for i, ((function, *properties), count) in enumerate(rows.items()):
+                name = f"`{function}`" + (f" x {count}" if count > 1 else "")
+                call = workload.name.split(": ", 1)[1] if i == 0 else ""
+                text.append(f"| {' | '.join([call, name, *properties, times if i == 0 else ' | '])} |")
     return "\n".join(text) + "\n"
 
 

@@ -6,10 +6,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import linear_token_logprobs, reference
+from tests.backends import Backend, backends
 from tests.kernels.linear_head_cases import DEEP_SIZES, SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
+OP = "linear_token_logprobs"
+REFERENCE = pytest.param(Backend("reference", "cpu"), id="reference")
 OPTIONS = [{}, {"temperature": 0.7}, {"temperature": 1.5, "softcap": 2.0}]
 
 
@@ -22,17 +25,21 @@ def _inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> list[Te
     return [h, head, targets]
 
 
-def _op(**options: float) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda h, head, t: linear_token_logprobs(h, head, t, backend="cpp", **options)
+def _on(backend: Backend, inputs: list) -> list:
+    return [x.detach().to(backend.device).requires_grad_(x.requires_grad) for x in inputs]
+
+
+def _op(backend: str = "cpp", **options: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda h, head, t: linear_token_logprobs(h, head, t, backend=backend, **options)
 
 
 def _reference(temperature: float = 1.0, softcap: float | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda h, head, t: reference.linear_token_logprobs(h, head, t, temperature, softcap, -100)
 
 
-def _gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    logprob, entropy = _op(temperature=0.9)(*inputs)
-    upstream = torch.linspace(-1, 1, len(logprob))
+def _gradients(inputs: list[Tensor], backend: str = "cpp") -> tuple[Tensor, ...]:
+    logprob, entropy = _op(backend, temperature=0.9)(*inputs)
+    upstream = torch.linspace(-1, 1, len(logprob)).to(logprob)
     gradients = torch.autograd.grad((logprob, entropy), inputs[:2], (upstream, upstream.flip(0)))
     return logprob.detach(), entropy.detach(), *gradients
 
@@ -44,20 +51,51 @@ def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [*SIZES, DEEP_SIZES[1], *STREAMED_SIZES])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
-    check_op(_op(**options), _reference(**options), _inputs(*size, dtype))
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference(backend: Backend, size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
+    inputs = _inputs(*size, dtype)
+    check_op(_op(backend.name, **options), _reference(**options), inputs, device=backend.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_output_or_one_gradient_only(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [(300, 256, 128256), (3000, 512, 33000), (2500, 64, 50257)])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", backends(OP, gpu_only=True))
+def test_on_gpu_matches_reference(
+    backend: Backend, size: tuple[int, int, int], dtype: torch.dtype, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the chunks of a real run
+    check_op(_op(backend.name, **options), _reference(**options), _inputs(*size, dtype), device=backend.device)
+
+
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference_with_a_bound_for_the_rows(backend: Backend) -> None:
+    inputs = _inputs(40, 20, 60, torch.bfloat16)
+    count = int((inputs[2] != -100).sum())
+    for bound in (count, 1000):
+        check_op(_op(backend.name, counted_rows=bound), _reference(), inputs, device=backend.device)
+    if backend.device == "cpu":  # on a GPU the failed check would end the process
+        with pytest.raises((ValueError, RuntimeError), match=r"counted_rows: .*at least"):
+            _op(backend.name, counted_rows=count - 1)(*inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_one_output_or_one_gradient_only(backend: Backend, dtype: torch.dtype) -> None:
     for output in (0, 1):
         for frozen in (0, 1):
             inputs = _inputs(20, 16, 40, dtype)
             inputs[frozen].requires_grad_(False)
-            check_op(lambda *x, i=output: _op()(*x)[i], lambda *x, i=output: _reference()(*x)[i], inputs)
+            check_op(
+                lambda *x, i=output: _op(backend.name)(*x)[i],
+                lambda *x, i=output: _reference()(*x)[i],
+                inputs,
+                device=backend.device,
+            )
 
 
-def test_non_contiguous() -> None:
+@pytest.mark.parametrize("backend", backends(OP))
+def test_non_contiguous(backend: Backend) -> None:
     h, head, targets = _inputs(33, 12, 50, torch.float32)
     strided = [
         h.detach().t().contiguous().t().requires_grad_(),
@@ -65,7 +103,7 @@ def test_non_contiguous() -> None:
         targets.repeat_interleave(2)[::2],
     ]
     assert not any(x.is_contiguous() for x in strided)
-    check_op(_op(), _reference(), strided)
+    check_op(_op(backend.name), _reference(), strided, device=backend.device)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -79,20 +117,29 @@ def test_equals_torch(backend: str) -> None:
     assert not logprob[~kept].any() and not entropy[~kept].any()
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_ignored_rows_may_hold_anything(backend: str) -> None:
+@pytest.mark.parametrize("backend", [*backends(OP), REFERENCE])
+def test_ignored_rows_may_hold_anything(backend: Backend) -> None:
     h, head, targets = _inputs(12, 4, 9, torch.float32)
     h = h.detach().index_fill(0, torch.tensor([3, 10]), float("nan")).requires_grad_()
-    logprob, entropy = linear_token_logprobs(h, head, targets, backend=backend)
+    h, head, targets = _on(backend, [h, head, targets])
+    logprob, entropy = linear_token_logprobs(h, head, targets, backend=backend.name)
     dhidden, dhead = torch.autograd.grad((logprob.sum() + entropy.sum()), (h, head))
     assert logprob.isfinite().all() and dhead.isfinite().all() and not dhidden[[3, 10]].any()
-    ignored = linear_token_logprobs(h, head, torch.full_like(targets, -100), backend=backend)
+    ignored = linear_token_logprobs(h, head, torch.full_like(targets, -100), backend=backend.name)
     dhidden, dhead = torch.autograd.grad((ignored[0].sum() + ignored[1].sum()), (h, head))
     assert not dhidden.any() and not dhead.any()
 
 
-def test_large_logits_stay_accurate() -> None:
-    check_op(_op(), _reference(), [100 * x if x.is_floating_point() else x for x in _inputs(9, 16, 40, torch.float32)])
+@pytest.mark.parametrize("backend", backends(OP))
+def test_large_logits_stay_accurate(backend: Backend) -> None:
+    inputs = [100 * x if x.is_floating_point() else x for x in _inputs(9, 16, 40, torch.float32)]
+    check_op(_op(backend.name), _reference(), inputs, device=backend.device)
+
+
+@pytest.mark.parametrize("backend", backends(OP))
+def test_repeatable_bitwise(backend: Backend) -> None:
+    inputs = _on(backend, _inputs(30, 72, 300, torch.bfloat16))
+    assert _equal(_gradients(inputs, backend.name), _gradients(inputs, backend.name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,15 +155,16 @@ def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype) -> Non
         torch.set_num_threads(threads)
 
 
-def test_checkpointing_and_no_grad() -> None:
-    inputs = _inputs(20, 8, 30, torch.float32)
-    expected = torch.autograd.grad(_op()(*inputs)[0].sum(), inputs[:2])
-    again = checkpoint(lambda *x: _op()(*x)[0].sum(), *inputs, use_reentrant=False)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_checkpointing_and_no_grad(backend: Backend) -> None:
+    inputs, op = _on(backend, _inputs(20, 8, 30, torch.float32)), _op(backend.name)
+    expected = torch.autograd.grad(op(*inputs)[0].sum(), inputs[:2])
+    again = checkpoint(lambda *x: op(*x)[0].sum(), *inputs, use_reentrant=False)
     assert _equal(torch.autograd.grad(again, inputs[:2]), expected)
     with torch.no_grad():
-        assert not _op()(*inputs)[0].requires_grad
+        assert not op(*inputs)[0].requires_grad
     with pytest.raises(RuntimeError, match="create_graph=True, expected a first derivative only"):
-        torch.autograd.grad(_op()(*inputs)[0].sum(), inputs[0], create_graph=True)
+        torch.autograd.grad(op(*inputs)[0].sum(), inputs[0], create_graph=True)
 
 
 def test_gradcheck_reference() -> None:
@@ -127,25 +175,28 @@ def test_gradcheck_reference() -> None:
 
 
 @pytest.mark.parametrize("tokens", [6, 0])
-def test_opcheck(tokens: int) -> None:
-    h, head, targets = _inputs(tokens, 4, 9, torch.float32)
-    options = (0.7, 2.0, -100)
-    torch.library.opcheck(torch.ops.forge.linear_token_logprobs.default, (h, head, targets, *options))
+@pytest.mark.parametrize("backend", backends(OP))
+def test_opcheck(backend: Backend, tokens: int) -> None:
+    h, head, targets = _on(backend, _inputs(tokens, 4, 9, torch.float32))
+    ops = torch.ops.forge_triton if backend.name == "triton" else torch.ops.forge
+    options = (0.7, 2.0, -100, None)
+    torch.library.opcheck(ops.linear_token_logprobs.default, (h, head, targets, *options))
     h, head = h.detach(), head.detach()
-    logprob, entropy, softmax = torch.ops.forge.linear_token_logprobs(h, head, targets, *options)
+    logprob, entropy, softmax = ops.linear_token_logprobs(h, head, targets, *options)
     for need in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            torch.ops.forge.linear_token_logprobs_backward.default,
+            ops.linear_token_logprobs_backward.default,
             (logprob, entropy, h, head, targets, entropy, softmax, *options, *need),
         )
 
 
-def test_compiles_without_graph_break() -> None:
-    inputs = _inputs(20, 8, 30, torch.float32)
-    compiled = torch.compile(_op(softcap=2.0), fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(*inputs), _op(softcap=2.0)(*inputs)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_compiles_without_graph_break(backend: Backend) -> None:
+    inputs, op = _on(backend, _inputs(20, 8, 30, torch.float32)), _op(backend.name, softcap=2.0, counted_rows=20)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*inputs), op(*inputs)
     assert _equal(actual, expected)
-    upstream = (torch.ones(20), torch.linspace(0, 1, 20))
+    upstream = tuple(x.to(backend.device) for x in (torch.ones(20), torch.linspace(0, 1, 20)))
     assert _equal(
         torch.autograd.grad(actual, inputs[:2], upstream), torch.autograd.grad(expected, inputs[:2], upstream)
     )

@@ -7,10 +7,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import PolicyLoss, linear_token_logprobs, policy_gradient_loss, reference
+from tests.backends import Backend, backends
 from tests.kernels.linear_head_cases import SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
+OP = "policy_gradient_loss"
+REFERENCE = pytest.param(Backend("reference", "cpu"), id="reference")
 OBJECTIVES = ["clip", "sequence_clip", "cispo", "reinforce"]
 WIDE = {"clip_low": 0.6, "clip_high": 1.0}  # bounds far enough apart that log-ratios inside them are of order one
 FULL = WIDE | {"kl_coef": 0.3, "entropy_coef": 0.2, "temperature": 1.3, "softcap": 3.0}
@@ -44,9 +47,13 @@ def _documents(tokens: int) -> Tensor:
     return torch.tensor(cuts, dtype=torch.int32)
 
 
+def _on(backend: Backend, inputs: list) -> list:
+    return [x.detach().to(backend.device).requires_grad_(x.requires_grad) for x in inputs]
+
+
 def _op(objective: str, backend: str = "cpp", **options: float) -> Callable[..., tuple[Tensor, ...]]:
     def run(h: Tensor, head: Tensor, t: Tensor, a: Tensor, old: Tensor, ref: Tensor, w: Tensor) -> PolicyLoss:
-        cu_seqlens = _documents(len(t)) if objective == "sequence_clip" else None
+        cu_seqlens = _documents(len(t)).to(t.device) if objective == "sequence_clip" else None
         loss = policy_gradient_loss(
             h, head, t, a, old, ref, objective=objective, token_weights=w, cu_seqlens=cu_seqlens, backend=backend,
             **options,
@@ -70,8 +77,8 @@ def _reference(objective: str, **options: float) -> Callable[..., tuple[Tensor, 
     return run
 
 
-def _gradients(inputs: list, objective: str = "clip", **options: float) -> tuple[Tensor, ...]:
-    outputs = _op(objective, **options)(*inputs)
+def _gradients(inputs: list, objective: str = "clip", backend: str = "cpp", **options: float) -> tuple[Tensor, ...]:
+    outputs = _op(objective, backend, **options)(*inputs)
     trained = [x for x in inputs[:2] if x.requires_grad]
     return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], trained))
 
@@ -83,10 +90,40 @@ def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, objective: str) -> None:
-    check_op(_op(objective, **WIDE), _reference(objective, **WIDE), _inputs(*size, dtype))
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference(backend: Backend, size: tuple[int, int, int], dtype: torch.dtype, objective: str) -> None:
+    for options in (WIDE, FULL):
+        inputs = _inputs(*size, dtype, options.get("temperature", 1.0), options.get("softcap"))
+        op = _op(objective, backend.name, **options)
+        check_op(op, _reference(objective, **options), inputs, device=backend.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(300, 256, 128256), (2500, 64, 50257)])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("backend", backends(OP, gpu_only=True))
+def test_on_gpu_matches_reference(
+    backend: Backend, size: tuple[int, int, int], dtype: torch.dtype, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the chunks of a real run
     inputs = _inputs(*size, dtype, FULL["temperature"], FULL["softcap"])
-    check_op(_op(objective, **FULL), _reference(objective, **FULL), inputs)
+    check_op(_op(objective, backend.name, **FULL), _reference(objective, **FULL), inputs, device=backend.device)
+
+
+@pytest.mark.parametrize("objective", ["clip", "sequence_clip"])
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference_with_a_bound_for_the_rows(backend: Backend, objective: str) -> None:
+    inputs = _inputs(9, 33, 49, torch.bfloat16)
+    count = int(((inputs[2] != -100) & (inputs[6] != 0)).sum())
+    check_op(
+        _op(objective, backend.name, counted_rows=count, **WIDE),
+        _reference(objective, **WIDE),
+        inputs,
+        device=backend.device,
+    )
+    if backend.device == "cpu":  # on a GPU the failed check would end the process
+        with pytest.raises((ValueError, RuntimeError), match=r"counted_rows: .*at least"):
+            _op(objective, backend.name, counted_rows=count - 1)(*inputs)
 
 
 @pytest.mark.parametrize("size", [*SIZES, *STREAMED_SIZES])
@@ -102,10 +139,13 @@ def test_matches_reference_over_a_frozen_head(size: tuple[int, int, int], object
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_reference_over_frozen_hidden(dtype: torch.dtype) -> None:
-    inputs = _inputs(40, 20, 60, dtype)
-    inputs[0].requires_grad_(False)
-    check_op(_op("clip", entropy_coef=0.1), _reference("clip", entropy_coef=0.1), inputs)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference_with_frozen_parts(backend: Backend, dtype: torch.dtype) -> None:
+    for frozen in (0, 1):
+        inputs = _inputs(40, 20, 60, dtype)
+        inputs[frozen].requires_grad_(False)
+        op, expected = _op("clip", backend.name, entropy_coef=0.1), _reference("clip", entropy_coef=0.1)
+        check_op(op, expected, inputs, device=backend.device)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -166,14 +206,14 @@ def test_sequence_ratio_is_the_papers(backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(result.loss, (h, head)), torch.autograd.grad(loss, (h, head)))
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_on_policy_objectives_share_a_gradient(backend: str) -> None:
-    h, head, targets, advantages, *_ = _inputs(40, 16, 30, torch.float32)
+@pytest.mark.parametrize("backend", [*backends(OP), REFERENCE])
+def test_on_policy_objectives_share_a_gradient(backend: Backend) -> None:
+    h, head, targets, advantages, *_ = _on(backend, _inputs(20, 16, 30, torch.float32))
     current = linear_token_logprobs(h, head, targets)[0].detach()
     expected = None
     for objective in ("clip", "cispo", "reinforce"):
         for old in (None, current):
-            result = policy_gradient_loss(h, head, targets, advantages, old, objective=objective, backend=backend)
+            result = policy_gradient_loss(h, head, targets, advantages, old, objective=objective, backend=backend.name)
             gradients = torch.autograd.grad(result.loss, (h, head))
             expected = expected or gradients
             torch.testing.assert_close(gradients, expected)
@@ -181,42 +221,42 @@ def test_on_policy_objectives_share_a_gradient(backend: str) -> None:
             assert not result.clipped_low and not result.clipped_high
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_bounds_can_be_taken_away(backend: str) -> None:
-    h, head, targets, advantages, old, *_ = _inputs(40, 16, 30, torch.float32)
+@pytest.mark.parametrize("backend", [*backends(OP), REFERENCE])
+def test_bounds_can_be_taken_away(backend: Backend) -> None:
+    h, head, targets, advantages, old, *_ = _on(backend, _inputs(20, 16, 30, torch.float32))
     result = policy_gradient_loss(
-        h, head, targets, advantages, old, clip_low=1, clip_high=math.inf, normalizer=1, backend=backend
+        h, head, targets, advantages, old, clip_low=1, clip_high=math.inf, normalizer=1, backend=backend.name
     )
     ratio = (linear_token_logprobs(h, head, targets)[0] - old).exp()
     torch.testing.assert_close(result.loss, -(ratio * advantages)[targets != -100].sum())
     assert not result.clipped_low and not result.clipped_high
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("case", ["ignored", "zero weight", "no tokens", "normalizer 0"])
 @pytest.mark.parametrize("objective", ["clip", "sequence_clip"])
-def test_nothing_counts(case: str, objective: str, backend: str) -> None:
-    inputs = _inputs(0 if case == "no tokens" else 8, 4, 9, torch.float32)
+@pytest.mark.parametrize("backend", [*backends(OP), REFERENCE])
+def test_nothing_counts(case: str, objective: str, backend: Backend) -> None:
+    inputs = _on(backend, _inputs(0 if case == "no tokens" else 8, 4, 9, torch.float32))
     if case == "ignored":
         inputs[2] = torch.full_like(inputs[2], -100)
     if case == "zero weight":
         inputs[6] = torch.zeros_like(inputs[6])
     options = {"normalizer": torch.zeros(1)} if case == "normalizer 0" else {}
-    outputs = _op(objective, backend, **options)(*inputs)
+    outputs = _op(objective, backend.name, **options)(*inputs)
     gradients = torch.autograd.grad(outputs[0], inputs[:2])
     assert outputs[0] == 0 and not any(g.any() for g in gradients)
     assert case == "normalizer 0" or not any(x.any() for x in outputs[1:])
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("objective", ["clip", "sequence_clip"])
-def test_rows_that_do_not_count_may_hold_anything(objective: str, backend: str) -> None:
-    inputs = _inputs(12, 4, 9, torch.float32)
+@pytest.mark.parametrize("backend", [*backends(OP), REFERENCE])
+def test_rows_that_do_not_count_may_hold_anything(objective: str, backend: Backend) -> None:
+    inputs = _on(backend, _inputs(12, 4, 9, torch.float32))
     bad = [x.detach().clone() for x in inputs]
     for i in (0, 3, 4, 5):
         bad[i][[3, 5, 10, 11]] = float("nan")
     bad[0].requires_grad_(), bad[1].requires_grad_()
-    expected, actual = (_op(objective, backend, kl_coef=0.1)(*x) for x in (inputs, bad))
+    expected, actual = (_op(objective, backend.name, kl_coef=0.1)(*x) for x in (inputs, bad))
     assert _equal(actual, expected)
     for gradients in zip(*(torch.autograd.grad(o[0], x[:2]) for o, x in ((actual, bad), (expected, inputs)))):  # noqa: B905
         assert torch.equal(*gradients)
@@ -238,16 +278,24 @@ def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype, object
         torch.set_num_threads(threads)
 
 
-def test_upstream_gradient_checkpointing_and_no_grad() -> None:
-    inputs = _inputs(20, 8, 30, torch.float32)
-    plain = _op("clip")(*inputs)[0]
+@pytest.mark.parametrize("objective", ["clip", "sequence_clip"])
+@pytest.mark.parametrize("backend", backends(OP))
+def test_repeatable_bitwise(backend: Backend, objective: str) -> None:
+    inputs = _on(backend, _inputs(30, 72, 300, torch.bfloat16))
+    assert _equal(_gradients(inputs, objective, backend.name), _gradients(inputs, objective, backend.name))
+
+
+@pytest.mark.parametrize("backend", backends(OP))
+def test_upstream_gradient_checkpointing_and_no_grad(backend: Backend) -> None:
+    inputs, op = _on(backend, _inputs(20, 8, 30, torch.float32)), _op("clip", backend.name)
+    plain = op(*inputs)[0]
     expected = torch.autograd.grad(3 * plain, inputs[:2])
-    again = checkpoint(lambda *x: _op("clip")(*x)[0], *inputs, use_reentrant=False)
+    again = checkpoint(lambda *x: op(*x)[0], *inputs, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(3 * again, inputs[:2]), expected)
     with torch.no_grad():
-        assert _op("clip")(*inputs)[0] == plain.detach()
+        assert op(*inputs)[0] == plain.detach()
     with pytest.raises(RuntimeError, match="create_graph=True, expected a first derivative only"):
-        torch.autograd.grad(_op("clip")(*inputs)[0], inputs[0], create_graph=True)
+        torch.autograd.grad(op(*inputs)[0], inputs[0], create_graph=True)
 
 
 @pytest.mark.parametrize("objective", ["clip", "sequence_clip", "reinforce"])  # cispo stops a gradient on purpose
@@ -258,23 +306,25 @@ def test_gradcheck_reference(objective: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [6, 0])
-def test_opcheck(tokens: int) -> None:
-    h, head, t, a, old, ref, w = _inputs(tokens, 4, 9, torch.float32)
-    op = torch.ops.forge.policy_gradient_loss.default
-    options = (0.2, 0.3, 0.1, 0.1, 0.9, 2.0, -100)
-    cu = _documents(tokens)
-    torch.library.opcheck(
-        op, (h, head, t, a, old, ref, w, cu, torch.tensor(2.0), "sequence_clip", *options, True, True)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_opcheck(backend: Backend, tokens: int) -> None:
+    h, head, t, a, old, ref, w, cu, total = _on(
+        backend, [*_inputs(tokens, 4, 9, torch.bfloat16), _documents(tokens), torch.tensor(2.0)]
     )
+    op = (torch.ops.forge_triton if backend.name == "triton" else torch.ops.forge).policy_gradient_loss.default
+    options = (0.2, 0.3, 0.1, 0.1, 0.9, 2.0, -100, None)
+    torch.library.opcheck(op, (h, head, t, a, old, ref, w, cu, total, "sequence_clip", *options, True, True))
     options = (0.2, 0.3, 0.0, *options[3:])
     torch.library.opcheck(op, (h, head.detach(), t, a, None, None, None, None, None, "clip", *options, True, False))
 
 
-def test_compiles_without_graph_break() -> None:
-    inputs = _inputs(20, 8, 30, torch.float32)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_compiles_without_graph_break(backend: Backend) -> None:
+    inputs = _on(backend, _inputs(20, 8, 30, torch.float32))
     for objective in ("clip", "sequence_clip"):
-        compiled = torch.compile(_op(objective, softcap=2.0), fullgraph=True, backend="aot_eager")
-        actual, expected = compiled(*inputs), _op(objective, softcap=2.0)(*inputs)
+        op = _op(objective, backend.name, softcap=2.0, counted_rows=20)
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+        actual, expected = compiled(*inputs), op(*inputs)
         assert _equal(actual, expected)
         assert _equal(torch.autograd.grad(actual[0], inputs[:2]), torch.autograd.grad(expected[0], inputs[:2]))
 

@@ -6,10 +6,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from forge_core.kernels import MixingLoss, reference, weighted_linear_cross_entropy
+from tests.backends import Backend, backends
 from tests.kernels.linear_head_cases import DEEP_SIZES, SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
 
 DTYPES = [torch.float32, torch.bfloat16]
+OP = "weighted_linear_cross_entropy"
+REFERENCE = pytest.param(Backend("reference", "cpu"), id="reference")
 OPTIONS = [{}, {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.2}]
 
 
@@ -25,10 +28,14 @@ def _inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype, seed: int 
     return [h, head, targets, weights, sources]
 
 
-def _op(**options: float) -> Callable[..., tuple[Tensor, ...]]:
+def _on(backend: Backend, inputs: list) -> list:
+    return [x.detach().to(backend.device).requires_grad_(x.requires_grad) for x in inputs]
+
+
+def _op(backend: str = "cpp", **options: float) -> Callable[..., tuple[Tensor, ...]]:
     return lambda h, head, t, w=None, s=None, total=None: tuple(
         weighted_linear_cross_entropy(
-            h, head, t, w, source_ids=s, num_sources=3, normalizer=total, backend="cpp", **options
+            h, head, t, w, source_ids=s, num_sources=3, normalizer=total, backend=backend, **options
         )
     )
 
@@ -41,8 +48,8 @@ def _reference(
     )
 
 
-def _gradients(inputs: list, **options: float) -> tuple[Tensor, ...]:
-    outputs = _op(**options)(*inputs)
+def _gradients(inputs: list, backend: str = "cpp", **options: float) -> tuple[Tensor, ...]:
+    outputs = _op(backend, **options)(*inputs)
     trained = [x for x in inputs[:2] if x.requires_grad]
     return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], trained))
 
@@ -54,11 +61,13 @@ def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [*SIZES, *DEEP_SIZES])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_matches_reference(size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
-    inputs = _inputs(*size, dtype)
-    check_op(_op(**options), _reference(**options), inputs)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference(backend: Backend, size: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
+    inputs, op = _inputs(*size, dtype), _op(backend.name, **options)
+    check_op(op, _reference(**options), inputs, device=backend.device)
     # A normalizer of about one pack keeps the gradients of order one over tokens, as the default does.
-    check_op(_op(**options), _reference(**options), [*inputs[:3], None, None, torch.tensor(size[0] + 1.0)])
+    inputs = [*inputs[:3], None, None, torch.tensor(size[0] + 1.0)]
+    check_op(op, _reference(**options), inputs, device=backend.device)
 
 
 @pytest.mark.parametrize("size", [*SIZES, *DEEP_SIZES, *STREAMED_SIZES])
@@ -72,14 +81,54 @@ def test_matches_reference_over_a_frozen_head(size: tuple[int, int, int], option
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_reference_with_frozen_parts(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [(300, 256, 128256), (3000, 512, 33000), (2500, 64, 50257)])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", backends(OP, gpu_only=True))
+def test_on_gpu_matches_reference(
+    backend: Backend, size: tuple[int, int, int], dtype: torch.dtype, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the chunks of a real run
+    check_op(_op(backend.name, **options), _reference(**options), _inputs(*size, dtype), device=backend.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference_with_frozen_parts(backend: Backend, dtype: torch.dtype) -> None:
     for frozen in (0, 1):
         inputs = _inputs(40, 20, 60, dtype)
         inputs[frozen].requires_grad_(False)
-        check_op(_op(), _reference(), inputs)
+        check_op(_op(backend.name), _reference(), inputs, device=backend.device)
 
 
-def test_non_contiguous() -> None:
+@pytest.mark.parametrize("backend", backends(OP))
+def test_matches_reference_with_a_bound_for_the_rows(backend: Backend) -> None:
+    inputs = _inputs(40, 20, 60, torch.bfloat16)
+    count = int(((inputs[2] != -100) & (inputs[3] != 0)).sum())
+    for bound in (count, count + 5, 1000):
+        check_op(_op(backend.name, counted_rows=bound), _reference(), inputs, device=backend.device)
+    if backend.device == "cpu":  # on a GPU the failed check would end the process
+        with pytest.raises((ValueError, RuntimeError), match=r"counted_rows: .*at least"):
+            _op(backend.name, counted_rows=count - 1)(*inputs)
+
+
+@pytest.mark.parametrize("backend", backends(OP))
+def test_many_sources(backend: Backend) -> None:
+    h, head, targets, weights, _ = _inputs(50, 8, 20, torch.float32)
+    sources = torch.randint(0, 40, (50,), dtype=torch.int32)
+
+    def op(h: Tensor, head: Tensor, t: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weighted_linear_cross_entropy(h, head, t, w, source_ids=s, num_sources=40, backend=backend.name))
+
+    check_op(
+        op,
+        lambda *x: reference.weighted_linear_cross_entropy(*x, 40, None, -100, None, 0.0, 0.0),
+        [h, head, targets, weights, sources],
+        device=backend.device,
+    )
+
+
+@pytest.mark.parametrize("backend", backends(OP))
+def test_non_contiguous(backend: Backend) -> None:
     h, head, targets, weights, sources = _inputs(33, 12, 50, torch.float32)
     strided = [
         h.detach().t().contiguous().t().requires_grad_(),
@@ -89,7 +138,7 @@ def test_non_contiguous() -> None:
         sources.repeat_interleave(2)[::2],
     ]
     assert not any(x.is_contiguous() for x in strided)
-    check_op(_op(), _reference(), strided)
+    check_op(_op(backend.name), _reference(), strided, device=backend.device)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -125,33 +174,34 @@ def test_statistics_are_plain_per_source(backend: str) -> None:
     assert result.loss.requires_grad and not any(x.requires_grad for x in result[1:])
 
 
-def test_the_first_of_equal_logits_is_the_prediction() -> None:
-    targets = torch.tensor([0, 1])
-    assert weighted_linear_cross_entropy(torch.ones(2, 3), torch.ones(60, 3), targets, backend="cpp").correct == 1
+@pytest.mark.parametrize("backend", backends(OP))
+def test_the_first_of_equal_logits_is_the_prediction(backend: Backend) -> None:
+    h, head, targets = (x.to(backend.device) for x in (torch.ones(2, 3), torch.ones(60, 3), torch.tensor([0, 1])))
+    assert weighted_linear_cross_entropy(h, head, targets, backend=backend.name).correct == 1
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("case", ["ignored", "zero weight", "no tokens", "normalizer 0"])
-def test_nothing_counts(case: str, backend: str) -> None:
-    h, head, targets, weights, _ = _inputs(0 if case == "no tokens" else 6, 4, 9, torch.float32)
+@pytest.mark.parametrize("backend", [*backends(OP), REFERENCE])
+def test_nothing_counts(case: str, backend: Backend) -> None:
+    h, head, targets, weights, _ = _on(backend, _inputs(0 if case == "no tokens" else 6, 4, 9, torch.float32))
     targets = torch.full_like(targets, -100) if case == "ignored" else targets
     weights = torch.zeros_like(weights) if case == "zero weight" else weights
     total = torch.zeros(1) if case == "normalizer 0" else None
-    loss = weighted_linear_cross_entropy(h, head, targets, weights, normalizer=total, backend=backend).loss
+    loss = weighted_linear_cross_entropy(h, head, targets, weights, normalizer=total, backend=backend.name).loss
     dhidden, dhead = torch.autograd.grad(loss, (h, head))
     assert (
         loss == 0 and dhidden.shape == h.shape and not dhidden.any() and dhead.shape == head.shape and not dhead.any()
     )
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_rows_that_do_not_count_may_hold_anything(backend: str) -> None:
-    h, head, targets, weights, sources = _inputs(12, 4, 9, torch.float32)
+@pytest.mark.parametrize("backend", [*backends(OP), REFERENCE])
+def test_rows_that_do_not_count_may_hold_anything(backend: Backend) -> None:
+    h, head, targets, weights, sources = _on(backend, _inputs(12, 4, 9, torch.float32))
     h = h.detach()
     h[3], h[5], sources[3] = float("nan"), float("inf"), 99
     h.requires_grad_()
     loss = weighted_linear_cross_entropy(
-        h, head, targets, weights, source_ids=sources, num_sources=3, backend=backend
+        h, head, targets, weights, source_ids=sources, num_sources=3, backend=backend.name
     ).loss
     dhidden, dhead = torch.autograd.grad(loss, (h, head))
     assert loss.isfinite() and dhead.isfinite().all() and not dhidden[[3, 5]].any() and dhidden.isfinite().all()
@@ -209,16 +259,25 @@ def test_repeatable_bitwise_for_any_number_of_threads(dtype: torch.dtype, frozen
         torch.set_num_threads(threads)
 
 
-def test_upstream_gradient_checkpointing_and_no_grad() -> None:
-    inputs = _inputs(20, 8, 30, torch.float32)
-    plain = _op()(*inputs)[0]
-    expected = torch.autograd.grad(3 * plain, inputs[:2])
-    again = checkpoint(lambda *x: _op()(*x)[0], *inputs, use_reentrant=False)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_repeatable_bitwise(backend: Backend) -> None:
+    inputs = _on(backend, _inputs(30, 72, 300, torch.bfloat16))
+    assert _equal(_gradients(inputs, backend.name), _gradients(inputs, backend.name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_upstream_gradient_checkpointing_and_no_grad(backend: Backend, dtype: torch.dtype) -> None:
+    inputs, op = _on(backend, _inputs(20, 8, 30, dtype)), _op(backend.name)
+    plain = op(*inputs)[0]
+    expected = torch.autograd.grad(3 * plain, inputs[:2], retain_graph=True)
+    assert _equal(torch.autograd.grad(3 * plain, inputs[:2]), expected)
+    again = checkpoint(lambda *x: op(*x)[0], *inputs, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(3 * again, inputs[:2]), expected)
     with torch.no_grad():
-        assert _op()(*inputs)[0] == plain.detach()
+        assert op(*inputs)[0] == plain.detach()
     with pytest.raises(RuntimeError, match="create_graph=True, expected a first derivative only"):
-        torch.autograd.grad(_op()(*inputs)[0], inputs[0], create_graph=True)
+        torch.autograd.grad(op(*inputs)[0], inputs[0], create_graph=True)
 
 
 def test_gradcheck_reference() -> None:
@@ -229,18 +288,22 @@ def test_gradcheck_reference() -> None:
 
 
 @pytest.mark.parametrize("tokens", [6, 0])
-def test_opcheck(tokens: int) -> None:
-    h, head, targets, weights, sources = _inputs(tokens, 4, 9, torch.float32)
-    op = torch.ops.forge.weighted_linear_cross_entropy.default
-    options = (-100, 2.0, 0.1, 0.1)
-    torch.library.opcheck(op, (h, head, targets, weights, sources, 3, torch.tensor(2.0), *options, True, True))
+@pytest.mark.parametrize("backend", backends(OP))
+def test_opcheck(backend: Backend, tokens: int) -> None:
+    h, head, targets, weights, sources, total = _on(
+        backend, [*_inputs(tokens, 4, 9, torch.bfloat16), torch.tensor(2.0)]
+    )
+    ops = torch.ops.forge_triton if backend.name == "triton" else torch.ops.forge
+    op, options = ops.weighted_linear_cross_entropy.default, (-100, None, 2.0, 0.1, 0.1)
+    torch.library.opcheck(op, (h, head, targets, weights, sources, 3, total, *options, True, True))
     torch.library.opcheck(op, (h, head.detach(), targets, None, None, 1, None, *options, True, False))
 
 
-def test_compiles_without_graph_break() -> None:
-    inputs = _inputs(20, 8, 30, torch.float32)
-    compiled = torch.compile(_op(softcap=2.0), fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(*inputs), _op(softcap=2.0)(*inputs)
+@pytest.mark.parametrize("backend", backends(OP))
+def test_compiles_without_graph_break(backend: Backend) -> None:
+    inputs, op = _on(backend, _inputs(20, 8, 30, torch.bfloat16)), _op(backend.name, softcap=2.0, counted_rows=20)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*inputs), op(*inputs)
     assert _equal(actual, expected)
     assert _equal(torch.autograd.grad(actual[0], inputs[:2]), torch.autograd.grad(expected[0], inputs[:2]))
 
