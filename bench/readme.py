@@ -73,7 +73,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if "failed" in row:
             lines.append(f"| {op} | {row['shape']} | failed: {row['failed']} | | | |")
             continue
-        faster = [f"{name} {ratio:.1f}" for name, ratio in row["speedup"].items() if ratio >= 1]
+        faster = [f"{name} {_winning(ratio)}" for name, ratio in row["speedup"].items() if ratio >= 1]
         slower = [f"{name} {_losing(name, ratio)}" for name, ratio in row["speedup"].items() if ratio < 1]
         seconds = time_text(row["seconds"]["forge"]["median"])
         share = f"{row['of_roofline']:.0%}" if row["of_roofline"] else ""
@@ -84,6 +84,10 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{bytes_text(row['peak_bytes']['forge'])} | {', '.join(faster + slower)} |"
         )
     return lines
+
+
+def _winning(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.2g}"
 
 
 def _losing(name: str, ratio: float) -> str:
