@@ -33,7 +33,7 @@ def forge(batch: PackedBatch) -> Thunk:
         hidden = model(batch.input_ids, batch.cu_seqlens, plan=PackPlan(batch.cu_seqlens.numpy()))
         loss = weighted_linear_cross_entropy(
             hidden, model.lm_head_weight, batch.targets, batch.token_weights, source_ids=batch.source_ids,
-            num_sources=sources, normalizer=normalizer,
+            num_sources=sources, normalizer=normalizer, counted_rows=batch.counted_rows,
         ).loss  # fmt: skip
         loss.backward()
         optimizer.step(LEARNING_RATE)

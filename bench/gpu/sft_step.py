@@ -41,7 +41,7 @@ def forge(raw: dict[str, Any], pack: Pack, device: str) -> Thunk:
     """The step as forge_core's trainer makes it."""
     bounds = np.array([0, *np.cumsum(pack.lengths())], np.int32)
     input_ids, targets, weights = _inputs(raw["vocab_size"], pack, device)
-    cu_seqlens = torch.tensor(bounds, device=device)
+    cu_seqlens, counted_rows = torch.tensor(bounds, device=device), int((weights != 0).sum())
 
     @cache
     def built() -> tuple[CausalLM, MasterAdamW]:
@@ -52,7 +52,10 @@ def forge(raw: dict[str, Any], pack: Pack, device: str) -> Thunk:
     def step() -> None:
         model, optimizer = built()
         hidden = model(input_ids, cu_seqlens, plan=PackPlan(bounds))
-        weighted_linear_cross_entropy(hidden, model.lm_head_weight, targets, weights).loss.backward()
+        loss = weighted_linear_cross_entropy(
+            hidden, model.lm_head_weight, targets, weights, counted_rows=counted_rows
+        ).loss
+        loss.backward()
         optimizer.step(LEARNING_RATE)
 
     return step

@@ -42,6 +42,11 @@ class PackedBatch:
         """Tokens that have a target."""
         return int((self.targets != IGNORE_INDEX).sum())
 
+    @property
+    def counted_rows(self) -> int:
+        """Rows that the loss counts: those with a target whose weight is not zero."""
+        return int(((self.targets != IGNORE_INDEX) & (self.token_weights != 0)).sum())
+
 
 def assemble_pack(sample_ids: Sequence[tuple[int, int]], stores: Sequence[TokenStore], budget: int) -> PackedBatch:
     """Puts the samples (source, index) into one pack of `budget` tokens, in this order."""

@@ -37,7 +37,11 @@ def evaluate_loss(
         for pack in iterate_packs(store, budget, limit=limit):
             hidden = model(pack.input_ids.to(device), pack.cu_seqlens.to(device))
             loss = weighted_linear_cross_entropy(
-                hidden, model.lm_head_weight, pack.targets.to(device), softcap=model.logit_softcap
+                hidden,
+                model.lm_head_weight,
+                pack.targets.to(device),
+                softcap=model.logit_softcap,
+                counted_rows=pack.loss_tokens,
             )
             sums = torch.stack([loss.weighted_nll[0].double(), loss.token_count[0].double(), loss.correct[0].double()])
             pack_nll, pack_tokens, pack_correct = sums.tolist()

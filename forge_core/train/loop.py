@@ -202,6 +202,7 @@ class _Trainer:
             num_sources=len(self.sources),
             normalizer=normalizer,
             softcap=self.model.logit_softcap,
+            counted_rows=pack.counted_rows,  # known here, so that a GPU's matmuls leave out the masked rows
         )
         loss.loss.backward()
         return loss

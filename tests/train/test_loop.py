@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from forge_core.data import Tokenizer
 from forge_core.data.pack import assemble_pack
@@ -17,6 +18,7 @@ from forge_core.train import NonFiniteError, ResumeError, train
 from forge_core.train.checkpoint import build_model, checkpoint_paths
 from forge_core.train.metrics import MetricsLog, read_lines
 from forge_core.train.sources import batch_stream, prepare_sources
+from tests.data.tiny import questions, write_jsonl
 
 from .tiny import recipe, settings, write_world
 
@@ -48,6 +50,28 @@ def test_a_step_is_one_batch_whatever_its_packs(world: Path, tmp_path: Path) -> 
     line = steps_of(tmp_path)[0]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_loss_is_told_how_many_rows_count(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    told = []
+
+    def loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, counted_rows: int, **rest: Any) -> Any:
+        told.append((counted_rows, int(((targets != -100) & (weights != 0)).sum()), len(targets)))
+        return weighted_linear_cross_entropy(hidden, head, targets, weights, counted_rows=counted_rows, **rest)
+
+    monkeypatch.setattr("forge_core.train.loop.weighted_linear_cross_entropy", loss)
+    rows = [{**row, "weight": weight if i % 2 else 1.0} for i, row in enumerate(questions(40))]
+    content = settings(world, tmp_path / "run", max_steps=1)
+    content["data"]["customer"] = [{"name": "domain", "path": str(write_jsonl(tmp_path / "weighted.jsonl", rows))}]
+    content["evaluation"] = {"sets": []}
+    train(Recipe.model_validate(content), console=QUIET)
+    assert len(told) == 3
+    for counted, expected, tokens in told:
+        assert counted == expected
+        assert 0 < counted < tokens
 
 
 def test_metrics_and_results(world: Path, tmp_path: Path) -> None:
