@@ -11,10 +11,7 @@ import importlib
 import math
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..registry import available_backends
+from . import machine_code
 from .workload import Workload
 
 OPS = tuple(op for op, names in available_backends().items() if "triton" in names)
@@ -53,6 +51,7 @@ class Kernel:
     bytes: int  # of the tensors among the arguments
     wgmma: int  # instructions
     tensor_columns: int = 0  # of tensor memory (sm_100)
+    lacking: tuple[str, ...] = ()  # what the machine code lacks of what the kernel's source asks for
 
     @property
     def programs_per_sm(self) -> int:
@@ -72,7 +71,7 @@ class Kernel:
 
     def problems(self, workload: Workload) -> list[str]:
         """What is wrong with the machine code."""
-        found = []
+        found = list(self.lacking)
         if self.local_bytes:
             found.append(f"{self.local_bytes} bytes a thread in local memory (spills), expected none")
         if self.shared_bytes > SHARED_LIMIT[self.architecture]:
@@ -147,7 +146,7 @@ def compile_workload(workload: Workload, architecture: int) -> list[Kernel]:
         raise ValueError(f"{workload.name}: launches no kernel")
     kernels = []
     for function, compiled, grid, arguments in launches:
-        registers, local_bytes = _resources(compiled.asm["cubin"])
+        code = machine_code.read(compiled.asm["cubin"])
         values = [getattr(value, "base", value) for value in arguments.values()]  # the tensor of a TMA descriptor
         tensors = [value for value in values if hasattr(value, "data_ptr")]
         kernels.append(
@@ -155,14 +154,15 @@ def compile_workload(workload: Workload, architecture: int) -> list[Kernel]:
                 workload=workload.name,
                 function=function,
                 architecture=architecture,
-                registers=registers,
-                local_bytes=local_bytes,
+                registers=code.registers,
+                local_bytes=code.local_bytes,
                 shared_bytes=compiled.metadata.shared,
                 warps=compiled.metadata.num_warps,
                 programs=math.prod(grid),
                 bytes=sum(t.numel() * t.element_size() for t in tensors),
                 tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
-                wgmma=len(re.findall(r"\bwgmma\.mma_async", compiled.asm["ptx"])),
+                wgmma=code.count("HGMMA"),
+                lacking=tuple(machine_code.problems(code, compiled.asm["ttgir"])),
             )
         )
     return kernels
@@ -170,23 +170,6 @@ def compile_workload(workload: Workload, architecture: int) -> list[Kernel]:
 
 def _compile_job(op: str, index: int, architecture: int) -> list[Kernel]:
     return compile_workload(workloads(op)[index], architecture)
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory of a thread, from the binary's own tables."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    if found is None:
-        raise ValueError(f"cuobjdump: expected a line with REG, STACK and LOCAL, got {text!r}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local
 
 
 def compile_all(ops: Sequence[str] = OPS, architectures: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
@@ -253,7 +236,8 @@ HEADER = """# Kernels, compiled ahead of time
 
 Written by `make kernels` (`python -m forge_core.kernels.gpu.aot`), which compiles what every listed call launches for
 sm_80, sm_90 and sm_100 with Triton's own compiler and reads the machine code. `tests/gpu/test_aot.py` fails on a spill,
-on too much shared memory and on a matmul kernel without `wgmma` on sm_90.
+on too much shared memory, on a matmul kernel without `wgmma` on sm_90, and on machine code that lacks the loads, stores
+or matmul instructions that the kernel's TTGIR asks for (Triton compiles what exceeds tensor memory to a bare trap).
 
 No figure here was measured. **Floor**: each input read once and each output written once at 4.3 TB/s, or the matmuls at
 790 TFLOP/s, whichever is longer. **Predicted**: the bytes of each kernel's own arguments (scratch included) at the same

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forge_core.kernels import library
-from forge_core.kernels.gpu import aot
+from forge_core.kernels.gpu import aot, machine_code
 from forge_core.kernels.gpu.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -50,12 +50,60 @@ def test_spills_and_missing_wgmma_are_seen_in_the_machine_code() -> None:
         assert len(problems) == len(found) and all(text in p for text, p in zip(found, problems, strict=True))
 
 
+@pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
+def test_a_kernel_that_compiled_to_a_trap_is_seen() -> None:
+    from tests.gpu import probes
+
+    for columns, found in (
+        (64, []),
+        (
+            128,
+            [
+                "3 instructions, one of them BPT.TRAP",
+                "no instruction that is a load from global memory",
+                "no instruction that is a store to global memory",
+                "0 instructions for 10 tcgen05.mma operations",
+                "640 columns of tensor memory",
+            ],
+        ),
+    ):
+        workload = Workload("probe: sums", partial(probes.five_sums, columns), 1)
+        (kernel,) = aot.compile_workload(workload, 100)
+        problems = kernel.problems(workload)
+        assert len(problems) == len(found), problems
+        assert all(text in problem for text, problem in zip(found, problems, strict=True)), problems
+
+
+@pytest.mark.parametrize(
+    ("ttgir", "lacks"),
+    [
+        ("%1 = tt.load %0 : tensor<64x!tt.ptr<f32>, #blocked>", "LDG"),
+        ("ttng.async_tma_copy_global_to_local %1[%2] %3", "UTMALDG"),
+        ("tt.store %0, %1 : tensor<64x!tt.ptr<f32>, #blocked>", "STG"),
+        ("ttng.async_tma_copy_local_to_global %1[%2] %3", "UTMASTG"),
+        ("%2 = ttng.warp_group_dot %0, %1, %acc : !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32, #mma>", "HGMMA"),
+        ("%2 = ttng.tc_gen5_mma %0, %1, %2[], %true, %true : !ttg.memdesc<64x64xbf16>", "UTCHMMA"),
+        ("%2 = tt.dot %0, %1, %acc : tensor<16x16xbf16> -> tensor<16x16xf32, #mma1> loc(#loc4)", "HMMA"),
+        ("%2 = tt.dot %0, %1, %acc, inputPrecision = ieee : tensor<16x16xf32> -> tensor<16x16xf32, #blocked>", "FFMA"),
+    ],
+)
+def test_each_class_of_operation_has_its_instructions(ttgir: str, lacks: str) -> None:
+    others = {"LDG.E": 1, "STG.E": 1, "HGMMA.64x64": 1, "UTCHMMA": 1, "HMMA.16816": 1, "FFMA": 1}
+    replaced = {"UTMALDG": "LDG.E", "UTMASTG": "STG.E"}.get(lacks, lacks)
+    without = {name: count for name, count in others.items() if name.split(".")[0] != replaced.split(".")[0]}
+    code = machine_code.MachineCode(32, 0, {"IADD3": 100, **without})
+    (problem,) = machine_code.problems(code, ttgir)
+    assert lacks in problem
+    assert machine_code.problems(replace(code, instructions={**code.instructions, lacks: 1}), ttgir) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"local_bytes": 8}, "8 bytes a thread in local memory"),
         ({"shared_bytes": 228 * 1024}, "233472 bytes of shared memory, limit 232448"),
         ({"registers": 255, "warps": 16}, "255 registers x 16 warps do not fit"),
+        ({"lacking": ("no instruction that is a store to global memory",)}, "no instruction that is a store"),
         ({"tensor_columns": 640}, "640 columns of tensor memory, limit 512"),
         ({}, "no wgmma instruction"),
     ],
