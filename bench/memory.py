@@ -2,7 +2,7 @@
 
 CUDA: torch's allocator counts (`max_memory_allocated`). What libraries take past it (cuBLAS workspaces) is not in it.
 
-CPU on Linux: the kernel counts. Free pages of the heap are handed back (`malloc_trim`), the high-water mark of the
+CPU on Linux: the kernel counts. Free pages are handed back (`empty_cache`, `malloc_trim`), the high-water mark of the
 resident set is reset (/proc/self/clear_refs), and the call's new high-water mark is read. So everything that was
 touched is in it, whoever allocated it - torch, oneDNN's scratch, buffers of C++ code - where torch's profiler sees only
 what its own allocator hands out. Resolution: pages, 2 MiB where transparent huge pages are in use.
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.registry import Thunk
+from forge_core.kernels import empty_cache
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -32,6 +33,7 @@ def peak_bytes(thunk: Thunk, device: str) -> int | None:
     if not _CLEAR_REFS.exists():
         thunk()
         return None
+    empty_cache()
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR_REFS.write_text("5")  # resets VmHWM to the present VmRSS
     live = _status_bytes("VmRSS")

@@ -6,6 +6,7 @@ if __name__ == "forge_core.kernels":
     from .add_rms_norm import add_rms_norm
     from .decode_attention import decode_attention
     from .frozen_linear import frozen_linear
+    from .library import empty_cache
     from .linear_token_logprobs import linear_token_logprobs
     from .lora_linear import lora_linear
     from .pack import PackPlan, TokenMixer, pack_sequences
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "available_backends",
     "decode_attention",
+    "empty_cache",
     "frozen_linear",
     "linear_token_logprobs",
     "lora_linear",
