@@ -105,6 +105,15 @@ def tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
     return (forward_m // group, forward_n), (dq_m // group, dq_n), (dkdv_n, max(1, dkdv_m // group))
 
 
+# The Gluon kernels for Hopper (packed_attention_hopper.py): packed rows of a tile, keys of a block with a mask.
+HOPPER_ROWS, HOPPER_EDGE = 128, 64
+
+
+def padded_group(group: int) -> int:
+    """Rows that the Gluon kernels give to a token: those of `group` heads, and of none up to a power of two."""
+    return 1 << (group - 1).bit_length()
+
+
 def architecture(device: torch.device) -> int:
     """80, 86, 90 or 100, the nearest with a configuration; 0 for the interpreter."""
     if device.type == "meta":  # compiled ahead of time

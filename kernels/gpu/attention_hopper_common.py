@@ -1,0 +1,132 @@
+"""Device code that the Gluon kernels of packed_attention share: their work lists, masks and rings of shared memory.
+
+As attention_common.py, in Gluon; tests/gpu/gluon_simulator.py runs this file too.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+
+@gluon.jit
+def nth_item(i, items):
+    """The i-th item of this program: items come longest first, so every other round runs backwards."""
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if i % 2 == 1:
+        place = programs - 1 - place
+    return i * programs + place
+
+
+@gluon.jit
+def load_item(tiles, item, items, KV_HEADS: gl.constexpr):
+    """Row of the tile list of an item (tile, head): nothing is computed with it here, so that nobody waits for it."""
+    tile = tiles + gl.minimum(item, items - 1) // KV_HEADS * 8
+    return (
+        gl.load(tile + 1), gl.load(tile + 2), gl.load(tile + 3), gl.load(tile + 4), gl.load(tile + 5),
+        gl.load(tile + 6),
+    )  # fmt: skip
+
+
+@gluon.jit
+def bounds(row, BLOCK: gl.constexpr):
+    """First and last row; columns: start, start and end of those in whole blocks without a mask, end."""
+    row_start, row_end, col_start, col_end, full_start, full_end = row
+    full_end = full_start + (full_end - full_start) // BLOCK * BLOCK
+    return row_start, row_end, col_start, full_start, full_end, col_end
+
+
+@gluon.jit
+def edge_blocks(col_start, full_start, full_end, col_end, BLOCK: gl.constexpr):
+    """How many blocks the edges [col_start, full_start) and [full_end, col_end) have."""
+    return gl.cdiv(full_start - col_start, BLOCK) + gl.cdiv(col_end - full_end, BLOCK)
+
+
+@gluon.jit
+def edge_columns(i, col_start, full_start, full_end, col_end, BLOCK: gl.constexpr):
+    """The i-th of them: its first column, and where its edge ends."""
+    left = gl.cdiv(full_start - col_start, BLOCK)
+    col = col_start + i * BLOCK
+    limit = full_start
+    if i >= left:
+        col = full_end + (i - left) * BLOCK
+        limit = col_end
+    return col, limit
+
+
+@gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    """The next slot of a ring, and the parity of its barriers."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def fetch(source, at, slot, ready, free, phase, BYTES: gl.constexpr):
+    """Starts the copy of a block into a slot once its readers have left it."""
+    mbarrier.wait(free, phase ^ 1)
+    mbarrier.expect(ready, BYTES)
+    tma.async_copy_global_to_shared(source, at, ready, slot)
+
+
+@gluon.jit
+def part(slot, source, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The slot as it holds a block of the descriptor `source`, which may be lower than the slot."""
+    return slot._reinterpret(source.dtype, [ROWS, 1, WIDTH], source.layout)
+
+
+@gluon.jit
+def clear_rows(tile, rows, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """Zeros from row `rows` on, where a tile holds other documents or none: zero times their values may be NaN.
+
+    Both warpgroups do it, with the same result: neither has to wait for the other.
+    """
+    PART: gl.constexpr = min(ROWS, 8192 // WIDTH)  # 32 registers
+    LAYOUT: gl.constexpr = row_layout(PART, WIDTH)
+    row = gl.arange(0, PART, gl.SliceLayout(1, LAYOUT))
+    for start in gl.static_range(0, ROWS, PART):
+        part_of_tile = tile.slice(start, PART, dim=0)
+        values = part_of_tile.load(LAYOUT)
+        part_of_tile.store(gl.where((start + row < rows)[:, None], values, 0.0).to(tile.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def visible(query, key, limit, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr):
+    """Whether a token sees a key of its own document; keys from `limit` on belong to none."""
+    seen = key < limit
+    if CAUSAL:
+        seen = seen & (key <= query)
+    elif WINDOWED:
+        seen = seen & (key - query < window)
+    if WINDOWED:
+        seen = seen & (query - key < window)
+    return seen
+
+
+@gluon.jit
+def capped(product, factor, cap):
+    """Soft-capped logits in base 2. accurate_tanh of attention_common.py."""
+    x = product * factor
+    z = x * x
+    tail = -0.333333304 + z * (0.13332924 + z * (-0.0538751382 + z * (0.021116214 + z * -0.00627638759)))
+    return cap * gl.where(z < 0.36, x + x * z * tail, 1 - 2 / (gl.exp2(2.8853900817779268 * x) + 1))
+
+
+@constexpr_function
+def row_layout(rows: int, columns: int) -> gl.DistributedLinearLayout:
+    """Of four warps: 16 bytes of a row to a thread, 64 contiguous ones to four lanes.
+
+    64 rows lie in the warps in which wgmma leaves them, so that a conversion stays inside a warp.
+    """
+    warps = [[rows // 4, 0], [rows // 2, 0]]
+    columns_left = [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
+    rows_left = [[1 << i, 0] for i in range(3, (rows // 4).bit_length() - 1)]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], *columns_left, *rows_left], lanes, warps, [], [rows, columns]
+    )

@@ -1,0 +1,407 @@
+"""The forward pass of packed_attention for Hopper, in Gluon: two consumer warpgroups and a warp that loads for them.
+
+A tile holds 128 packed query rows (packed_attention.py: token times head of a group), 64 to each consumer. The producer
+copies queries, keys and values by TMA into rings of shared memory; both consumers read the same keys and values. A
+program takes items (tile, key/value head) from the list, longest first and back and forth, and its producer runs ahead
+into the next item: nothing waits for memory at the start of a tile but the first. Groups that are no power of two get
+the rows of one (PADDED), which are computed and not stored.
+
+Edges (blocks of 64 keys with a mask) come first, one after another. In the interior (blocks of 128) a consumer starts
+S = Q K^T of the next block, then O += P V of this one, and computes the softmax of S while P V runs:
+
+    tensor cores   | S1 | P0 V | S2 | P1 V | ...        consumer 0; consumer 1 fills what is left
+    exponentials   | P0 |   P1      |   P2      | ...
+
+Floor, D 128, a block of 64 x 128: 1024 cycles of tensor cores for its two products (4096 FLOPs a cycle), 512 of the
+exponential unit (16 a cycle), about 320 of other softmax arithmetic. So exponentials hide if products never wait for
+them; at D 64 the two are equal. Registers of a thread: 64 for O, 64 for S, 32 for P, about 45 of addresses and rows:
+240 are given out, of 168 on average (three warpgroups), and 24 to the producer.
+
+PINGPONG: consumers take turns to start their products, so that the softmax of one meets the products of the other.
+Otherwise that is left to chance. Values are the same.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .attention_hopper_common import (
+    advance,
+    bounds,
+    capped,
+    clear_rows,
+    edge_blocks,
+    edge_columns,
+    fetch,
+    load_item,
+    nth_item,
+    part,
+    row_layout,
+    visible,
+)
+from .attention_tiles import HOPPER_EDGE, HOPPER_ROWS, padded_group, padded_head_dim
+from .packed_attention import _bulk_copies, _factors
+from .workload import Workload, meta, multiprocessors
+
+CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS = 240, 24, 168
+
+
+@gluon.jit
+def _produce(
+    q, k, v, k_edge, v_edge, tiles, items, memory,
+    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, BLOCK_N: gl.constexpr, EDGE_N: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer: every copy, in the order in which the consumers want them."""
+    q_slots, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free, _turn = memory
+    TOKENS: gl.constexpr = q.block_type.shape[0]
+    WIDTH: gl.constexpr = q.block_type.shape[2]
+    Q_BYTES: gl.constexpr = TOKENS * q.block_type.shape[1] * WIDTH * 2
+    slot, phase, q_slot, q_phase = 0, 0, 0, 0
+    row = load_item(tiles, nth_item(0, items), items, KV_HEADS)
+    for i in range(gl.cdiv(items, gl.num_programs(0))):
+        item = nth_item(i, items)
+        row_start, _row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK_N)
+        row = load_item(tiles, nth_item(i + 1, items), items, KV_HEADS)
+        head = item % KV_HEADS
+        if (item < items) & (col_start < col_end):
+            for w in gl.static_range(2):
+                at = w * Q_STAGES + q_slot
+                fetch(
+                    q, [row_start + w * TOKENS, head * GROUP, 0], q_slots.index(at), q_ready.index(at),
+                    q_free.index(at), q_phase, Q_BYTES,
+                )  # fmt: skip
+            q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+            for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
+                col, _limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE_N)
+                k_slot = part(k_ring.index(slot), k_edge, EDGE_N, WIDTH)
+                v_slot = part(v_ring.index(slot), v_edge, EDGE_N, WIDTH)
+                BYTES: gl.constexpr = EDGE_N * WIDTH * 2
+                fetch(k_edge, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, BYTES)
+                fetch(v_edge, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, BYTES)
+                slot, phase = advance(slot, phase, STAGES)
+            for col in range(full_start, full_end, BLOCK_N):
+                BYTES: gl.constexpr = BLOCK_N * WIDTH * 2
+                k_slot, v_slot = k_ring.index(slot), v_ring.index(slot)
+                fetch(k, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, BYTES)
+                fetch(v, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, BYTES)
+                slot, phase = advance(slot, phase, STAGES)
+
+
+@gluon.jit
+def _start_logits(q_tile, k_tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
+    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _softmax(
+    s, row_max, row_sum, query, key, limit, factor, cap, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
+    SOFTCAP: gl.constexpr, EDGE: gl.constexpr, LAYOUT: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """Takes a block of products into the running softmax: P, what to keep of the sums so far, new maximum and sum."""
+    COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    row_max = gl.convert_layout(row_max, COLUMN, assert_trivial=True)
+    row_sum = gl.convert_layout(row_sum, COLUMN, assert_trivial=True)
+    if EDGE or SOFTCAP:
+        logits = capped(s, factor, cap) if SOFTCAP else s * factor
+        if EDGE:
+            query = gl.convert_layout(query, COLUMN, assert_trivial=True)
+            seen = visible(query[:, None], key[None, :], limit, window, CAUSAL, WINDOWED)
+            logits = gl.where(seen, logits, float("-inf"))
+        new_max = gl.maximum(row_max, gl.max(logits, 1))
+        # A row of a window may have met no key yet.
+        base = gl.where(new_max == float("-inf"), 0.0, new_max) if EDGE else new_max
+        p = gl.exp2(logits - base[:, None])
+    else:
+        # factor >= 0, so that the scaled maximum is the maximum of the scaled: one multiply-add for each element.
+        new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
+        base = new_max
+        p = gl.exp2(s * factor - base[:, None])
+    keep = gl.exp2(row_max - base)
+    row_sum = row_sum * keep + gl.sum(p, 1)
+    return (
+        p, gl.convert_layout(keep, ROW, assert_trivial=True), gl.convert_layout(new_max, ROW, assert_trivial=True),
+        gl.convert_layout(row_sum, ROW, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _store(
+    acc, row_max, row_sum, out, lse, head, row_start, row_end, tokens, stride_ot, stride_oh,
+    GROUP: gl.constexpr, PADDED: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+    DTYPE: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """Output and lse of 64 rows. Rows without a key belong to no document: they get zeros."""
+    empty = row_sum == 0
+    row_sum = gl.where(empty, 1.0, row_sum)
+    row = gl.arange(0, ROWS, ROW)
+    stored = (row_start + row // PADDED < row_end) & (row % PADDED < GROUP)
+    lse += (gl.cast(head, gl.int64) * tokens + row_start) * GROUP
+    gl.store(lse + row // PADDED * GROUP + row % PADDED, gl.where(empty, 0.0, row_max + gl.log2(row_sum)), mask=stored)
+
+    COPY: gl.constexpr = row_layout(ROWS, WIDTH)
+    acc *= (1 / row_sum)[:, None]
+    values = gl.convert_layout(acc.to(DTYPE), COPY)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
+    stored = (row_start + row // PADDED < row_end) & (row % PADDED < GROUP)
+    out += gl.cast(row_start, gl.int64) * stride_ot + gl.cast(head * GROUP, gl.int64) * stride_oh
+    offsets = row // PADDED * stride_ot + row % PADDED * stride_oh
+    inside = stored[:, None] if D == WIDTH else stored[:, None] & (d < D)[None, :]
+    gl.store(out + offsets[:, None] + d[None, :], values, mask=inside)
+
+
+@gluon.jit
+def _consume(
+    W: gl.constexpr, q, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot, stride_oh,
+    memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, EDGE_N: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
+    PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """A consumer: rows 64 W to 64 W + 63 of every tile."""
+    q_slots, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free, turn = memory
+    dtype: gl.constexpr = q.dtype
+    TOKENS: gl.constexpr = q.block_type.shape[0]
+    PADDED: gl.constexpr = q.block_type.shape[1]
+    WIDTH: gl.constexpr = q.block_type.shape[2]
+    ROWS: gl.constexpr = TOKENS * PADDED
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    INNER: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    EDGE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, EDGE_N, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+
+    slot, phase, q_slot, q_phase, my_turn = 0, 0, 0, 0, 1 - W
+    row = load_item(tiles, nth_item(0, items), items, KV_HEADS)
+    for i in range(gl.cdiv(items, gl.num_programs(0))):
+        item = nth_item(i, items)
+        row_start, row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK_N)
+        row = load_item(tiles, nth_item(i + 1, items), items, KV_HEADS)
+        row_start += W * TOKENS
+        query = row_start + gl.arange(0, ROWS, ROW) // PADDED
+        acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+        row_sum = gl.zeros([ROWS], gl.float32, ROW)
+        if (item < items) & (col_start < col_end):
+            at = W * Q_STAGES + q_slot
+            q_tile = q_slots.index(at).reshape([ROWS, WIDTH])
+            mbarrier.wait(q_ready.index(at), q_phase)
+
+            for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
+                col, limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE_N)
+                mbarrier.wait(k_ready.index(slot), phase)
+                k_tile = part(k_ring.index(slot), k_edge, EDGE_N, WIDTH).reshape([EDGE_N, WIDTH])
+                s = _start_logits(q_tile, k_tile, ROWS, EDGE_N, EDGE)
+                mbarrier.wait(v_ready.index(slot), phase)
+                v_tile = part(v_ring.index(slot), v_edge, EDGE_N, WIDTH).reshape([EDGE_N, WIDTH])
+                if col + EDGE_N > limit:
+                    clear_rows(v_tile, limit - col, EDGE_N, WIDTH)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                mbarrier.arrive(k_free.index(slot))
+                key = col + gl.arange(0, EDGE_N, gl.SliceLayout(0, EDGE))
+                p, keep, row_max, row_sum = _softmax(
+                    s, row_max, row_sum, query, key, limit, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, True, EDGE,
+                    ROW,
+                )  # fmt: skip
+                p = gl.convert_layout(p.to(dtype), OPERAND, assert_trivial=True)
+                acc *= keep[:, None]
+                acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+                acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                mbarrier.arrive(v_free.index(slot))
+                slot, phase = advance(slot, phase, STAGES)
+
+            if full_start < full_end:
+                mbarrier.wait(k_ready.index(slot), phase)
+                k_tile = k_ring.index(slot).reshape([BLOCK_N, WIDTH])
+                s = _start_logits(q_tile, k_tile, ROWS, BLOCK_N, INNER)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                mbarrier.arrive(k_free.index(slot))
+                p, keep, row_max, row_sum = _softmax(
+                    s, row_max, row_sum, query, query, 0, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, False, INNER,
+                    ROW,
+                )  # fmt: skip
+                acc *= keep[:, None]
+                p = gl.convert_layout(p.to(dtype), OPERAND, assert_trivial=True)
+                for col in range(full_start + BLOCK_N, full_end, BLOCK_N):  # noqa: B007
+                    next_slot, next_phase = advance(slot, phase, STAGES)
+                    mbarrier.wait(k_ready.index(next_slot), next_phase)
+                    if PINGPONG:
+                        mbarrier.wait(turn.index(W), my_turn)
+                        my_turn ^= 1
+                    k_tile = k_ring.index(next_slot).reshape([BLOCK_N, WIDTH])
+                    s = _start_logits(q_tile, k_tile, ROWS, BLOCK_N, INNER)
+                    mbarrier.wait(v_ready.index(slot), phase)
+                    acc = warpgroup_mma(p, v_ring.index(slot).reshape([BLOCK_N, WIDTH]), acc, is_async=True)
+                    if PINGPONG:
+                        mbarrier.arrive(turn.index(1 - W))
+                    s = warpgroup_mma_wait(1, deps=(s,))
+                    mbarrier.arrive(k_free.index(next_slot))
+                    following, keep, row_max, row_sum = _softmax(
+                        s, row_max, row_sum, query, query, 0, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, False,
+                        INNER, ROW,
+                    )  # fmt: skip
+                    # Always done: ptxas takes a wait for products up past the exponentials, but not past a branch.
+                    mbarrier.wait(q_ready.index(at), q_phase)
+                    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                    mbarrier.arrive(v_free.index(slot))
+                    acc *= keep[:, None]
+                    p = gl.convert_layout(following.to(dtype), OPERAND, assert_trivial=True)
+                    slot = next_slot
+                    phase = next_phase
+                mbarrier.wait(v_ready.index(slot), phase)
+                acc = warpgroup_mma(p, v_ring.index(slot).reshape([BLOCK_N, WIDTH]), acc, is_async=True)
+                mbarrier.arrive(q_free.index(at))
+                acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                mbarrier.arrive(v_free.index(slot))
+                slot, phase = advance(slot, phase, STAGES)
+            else:
+                mbarrier.arrive(q_free.index(at))
+            q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+        if item < items:
+            _store(
+                acc, row_max, row_sum, out, lse, item % KV_HEADS, row_start, row_end, tokens, stride_ot, stride_oh,
+                GROUP, PADDED, D, ROWS, WIDTH, dtype, ROW,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit(do_not_specialize=["window", "tokens", "items"])
+def hopper_forward_kernel(
+    q, k, v, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot, stride_oh,
+    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, EDGE_N: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
+    PINGPONG: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Output and lse, as forward_kernel of packed_attention_forward.py; k_edge and v_edge are k and v, EDGE_N rows."""
+    q_slots = gl.allocate_shared_memory(q.dtype, [2 * Q_STAGES, *q.block_type.shape], q.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, *k.block_type.shape], k.layout)
+    v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, *v.block_type.shape], v.layout)
+    memory = (
+        q_slots, k_ring, v_ring, _barriers(2 * Q_STAGES, 1), _barriers(2 * Q_STAGES, 1), _barriers(STAGES, 1),
+        _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(2, 1),
+    )  # fmt: skip
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume, (
+                gl.constexpr(0), q, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot,
+                stride_oh, memory, GROUP, KV_HEADS, D, BLOCK_N, EDGE_N, STAGES, Q_STAGES, CAUSAL, WINDOWED, SOFTCAP,
+                PINGPONG,
+            )),
+            (_consume, (
+                gl.constexpr(1), q, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot,
+                stride_oh, memory, GROUP, KV_HEADS, D, BLOCK_N, EDGE_N, STAGES, Q_STAGES, CAUSAL, WINDOWED, SOFTCAP,
+                PINGPONG,
+            )),
+            (_produce, (
+                q, k, v, k_edge, v_edge, tiles, items, memory, GROUP, KV_HEADS, BLOCK_N, EDGE_N, STAGES, Q_STAGES,
+            )),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Keys of an interior block, and slots of the rings of keys (and values) and of queries."""
+
+    block_n: int
+    stages: int
+    q_stages: int
+
+
+# By padded head dimension: what 227 KiB of shared memory and 240 registers hold.
+SIZES = {64: Sizes(128, 4, 2), 128: Sizes(128, 2, 2), 256: Sizes(64, 2, 1)}
+
+
+def packed_attention_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_tiles: Tensor,
+    dq_tiles: Tensor,
+    dkdv_tiles: Tensor,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    pingpong: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel: out, lse. `forward_tiles` has tiles of `hopper_tile`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tokens, kv_heads, d = k.shape
+    group = q.shape[1] // kv_heads
+    lse = torch.empty((1, kv_heads, tokens * group), dtype=torch.float32, device=q.device)
+    if tokens == 0:
+        return out, lse
+    padded, width = padded_group(group), max(64, padded_head_dim(d))
+    sizes = SIZES[width]
+    items = forward_tiles.shape[0] * kv_heads
+    q, k, v = (x if _bulk_copies(x) else x.contiguous() for x in (q, k, v))
+    query_block = [HOPPER_ROWS // 2 // padded, padded, width]
+    hopper_forward_kernel[(min(items, multiprocessors(q.device)),)](
+        _described(q, query_block),
+        *(_described(x, [rows, 1, width]) for rows in (sizes.block_n, HOPPER_EDGE) for x in (k, v)),
+        out, lse, forward_tiles, *_factors(softcap, scale), window, tokens, items, out.stride(0), out.stride(1),
+        GROUP=group, KV_HEADS=kv_heads, D=d, BLOCK_N=sizes.block_n, EDGE_N=HOPPER_EDGE, STAGES=sizes.stages,
+        Q_STAGES=sizes.q_stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=softcap > 0, PINGPONG=pingpong,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
+    return out, lse
+
+
+def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+
+def workloads() -> list[Workload]:
+    """The packs of packed_attention.py's workloads; sm_90 only."""
+    listed = []
+    calls = [
+        ("D 128", 32, 8, 128, True, 0, 0.0, False), ("D 128, in turns", 32, 8, 128, True, 0, 0.0, True),
+        ("D 64", 32, 8, 64, True, 0, 0.0, False), ("D 96", 32, 8, 96, True, 0, 0.0, False),
+        ("D 256, window", 16, 8, 256, True, 512, 0.0, False),
+        ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0, False),
+        ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0, False),
+    ]  # fmt: skip
+    for name, q_heads, kv_heads, d, causal, window, softcap, pingpong in calls:
+        listed.append(_call(name, q_heads, kv_heads, d, causal, window, softcap, pingpong))
+    return listed
+
+
+def _call(
+    name: str, q_heads: int, kv_heads: int, d: int, causal: bool, window: int, softcap: float, pingpong: bool
+) -> Workload:
+    tokens, group = 8192, q_heads // kv_heads
+    q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
+    tiles = meta(16 * math.ceil(512 / (HOPPER_ROWS // padded_group(group))), 8, dtype=torch.int32)
+    options = (causal, window, softcap, d**-0.5, pingpong)
+    return Workload(
+        f"packed_attention: Gluon forward {name}, {q_heads}/{kv_heads} heads",
+        lambda: packed_attention_hopper(q, kv, kv, tiles, tiles, tiles, *options),
+        4 * tokens * d * (q_heads + kv_heads),
+        round(4 * d * q_heads * tokens * (470 if causal else 940)),
+        ("hopper_forward_kernel",),
+        (90,),
+    )  # fmt: skip

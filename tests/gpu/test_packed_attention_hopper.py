@@ -1,0 +1,160 @@
+"""The Gluon kernel of packed_attention, simulated: values, and the order of its copies, products and barriers."""
+
+import ast
+import inspect
+import math
+import sys
+import textwrap
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from forge_core.kernels import PackPlan, library, reference
+from forge_core.kernels.gpu.attention_tiles import plan_lists
+from tests.gpu import gluon_simulator as simulator
+
+if not library.TRITON_INSTALLED:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from forge_core.kernels.gpu import attention_hopper_common as common
+from forge_core.kernels.gpu import packed_attention_hopper as hopper
+
+BOUNDS = [0, 37, 37, 38, 111, 126]
+TOKENS, D = 133, 16  # a tail of 7 rows
+ROWS, BLOCK_N, EDGE_N = 16, 16, 8
+
+
+def _inputs(q_heads: int, kv_heads: int, d: int = D) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(TOKENS, heads, d).bfloat16() for heads in (q_heads, kv_heads, kv_heads))
+    for x in (q, k, v):
+        x[BOUNDS[-1] :] = torch.nan  # is never to be seen
+    return q, k, v
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int = 0, softcap: float = 0.0, *, programs: int = 2,
+    stages: int = 2, seed: int = 0, pingpong: bool = False, width: int = D,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+    padded = hopper.padded_group(group)
+    plan = PackPlan(np.array(BOUNDS, np.int32))
+    lists = plan_lists(plan, TOKENS, ((ROWS // padded, EDGE_N), (4, 4)), causal, window or None)
+    tiles = torch.from_numpy(lists[0])
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    lse = torch.full((kv_heads, TOKENS * group), float("nan"))
+    descriptors = [simulator.Descriptor(q, [ROWS // 2 // padded, padded, width])] + [
+        simulator.Descriptor(x, [rows, 1, width]) for rows in (BLOCK_N, EDGE_N) for x in (k, v)
+    ]
+    simulator.run(
+        hopper, hopper.hopper_forward_kernel, programs, *descriptors, simulator.Pointer(out), simulator.Pointer(lse),
+        simulator.Pointer(tiles), *hopper._factors(softcap, q.shape[2] ** -0.5), window, TOKENS,
+        tiles.shape[0] * kv_heads, out.stride(0), out.stride(1), seed=seed, GROUP=group, KV_HEADS=kv_heads,
+        D=q.shape[2], BLOCK_N=BLOCK_N, EDGE_N=EDGE_N, STAGES=stages, Q_STAGES=max(1, stages - 1), CAUSAL=causal,
+        WINDOWED=window > 0, SOFTCAP=softcap > 0, PINGPONG=pingpong, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
+    )  # fmt: skip
+    return out, lse
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, window: int, softcap: float) -> None:
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    expected = reference.packed_attention(
+        *(x.double() for x in (q, k, v)), cu_seqlens, causal, window or None, softcap or None, q.shape[2] ** -0.5
+    )
+    # P is rounded to bfloat16 before it meets the values, and so is the result.
+    torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("pingpong", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "causal", "window", "softcap"),
+    [
+        ((4, 2), True, 0, 0.0),
+        ((4, 1), False, 0, 0.0),
+        ((3, 1), True, 0, 0.0),  # a group that is no power of two
+        ((2, 2), True, 9, 2.0),
+        ((2, 1), False, 20, 0.0),
+        ((8, 1), True, 1, 0.0),
+    ],
+)
+def test_values_and_order(heads: tuple[int, int], causal: bool, window: int, softcap: float, pingpong: bool) -> None:
+    q, k, v = _inputs(*heads)
+    for seed in range(3):
+        stages, programs = 1 + seed, (2, 1, 5)[seed]
+        out, _ = _run(q, k, v, causal, window, softcap, programs=programs, stages=stages, seed=seed, pingpong=pingpong)
+        _check(q, k, v, out, causal, window, softcap)
+
+
+def test_head_dimensions_below_the_block() -> None:
+    q, k, v = _inputs(2, 1, 12)
+    out, _ = _run(q, k, v)
+    _check(q, k, v, out, True, 0, 0.0)
+
+
+def test_repeats_bitwise_whoever_comes_first() -> None:
+    inputs = _inputs(4, 1)
+    expected = _run(*inputs)
+    for seed, programs in ((1, 2), (2, 3)):
+        for a, b in zip(_run(*inputs, seed=seed, programs=programs, pingpong=bool(seed % 2)), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_lse_is_what_the_backward_pass_reads() -> None:
+    q, k, v = _inputs(4, 2)
+    _, lse = _run(q, k, v)
+    logits = torch.einsum("qhd,khd->hqk", q.double(), k.repeat_interleave(2, 1).double()) * D**-0.5
+    document = torch.bucketize(torch.arange(TOKENS), torch.tensor(BOUNDS), right=True)
+    seen = (document[:, None] == document) & torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    expected = logits.masked_fill(~seen, -torch.inf).logsumexp(-1) / math.log(2)
+    actual = lse.view(2, TOKENS, 2).permute(0, 2, 1).reshape(4, TOKENS)
+    torch.testing.assert_close(actual[:, : BOUNDS[-1]].double(), expected[:, : BOUNDS[-1]], atol=1e-4, rtol=1e-5)
+    assert (actual[:, BOUNDS[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        ("_consume", "mbarrier.wait(k_ready.index(slot), phase)"),
+        ("_consume", "mbarrier.wait(v_ready.index(slot), phase)"),
+        ("_consume", "mbarrier.wait(k_ready.index(next_slot), next_phase)"),
+        ("_consume", "mbarrier.arrive(k_free.index(slot))"),
+        ("_consume", "mbarrier.arrive(k_free.index(next_slot))"),
+        ("_consume", "mbarrier.arrive(v_free.index(slot))"),
+        ("_consume", "mbarrier.arrive(q_free.index(at))"),
+        ("_consume", "mbarrier.arrive(turn.index(1 - W))"),
+        ("_consume", "my_turn ^= 1"),
+        ("_consume", "clear_rows(v_tile, limit - col, EDGE_N, WIDTH)"),
+        ("_consume", "q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)"),
+        ("_consume", "acc, p = warpgroup_mma_wait(0, deps=(acc, p))"),
+        ("_produce", "slot, phase = advance(slot, phase, STAGES)"),
+        ("fetch", "mbarrier.wait(free, phase ^ 1)"),
+        ("fetch", "mbarrier.expect(ready, BYTES)"),
+        ("clear_rows", "fence_async_shared()"),
+    ],
+)
+def test_a_missing_step_is_seen(function: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _take_out(function, line, monkeypatch)
+    q, k, v = _inputs(4, 1)
+    with pytest.raises((AssertionError, AttributeError, TypeError)):  # the last two: a sum in flight is no tensor
+        for seed in range(8):
+            out, _ = _run(q, k, v, seed=seed, programs=1, stages=1 + seed % 2, pingpong=True)
+            _check(q, k, v, out, True, 0, 0.0)
+
+
+def _take_out(name: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces a function of the kernel by one without a line, wherever it stands."""
+    original = getattr(hopper, name, None) or getattr(common, name)
+    module = sys.modules[original.fn.__module__]
+    source = textwrap.dedent(inspect.getsource(original.fn))
+    assert line in source
+    tree = ast.parse(source.replace(line, "pass"))
+    assert isinstance(tree.body[0], ast.FunctionDef)
+    tree.body[0].decorator_list = []
+    scope = dict(vars(module))
+    exec(compile(tree, str(module.__file__), "exec"), scope)
+    for place in (hopper, common):
+        if hasattr(place, name):
+            monkeypatch.setattr(place, name, types.SimpleNamespace(fn=scope[name]))
