@@ -1,9 +1,11 @@
 """Attention inside the documents of a pack."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from . import reference
+from . import attention_hopper, reference
 from .attention_peers import PEERS
 from .gpu.attention_tiles import max_group, tile_lists
 from .library import register_op
@@ -47,7 +49,8 @@ def packed_attention(
         scale: factor of q k^T; default `d ** -0.5`.
         backend: "auto" tries "cpp" (CPU), "triton", the packages "flash_attn_3", "flash_attn_2", "flash_attn_4" and
             "varlen_attn" (torch's), where they are installed and a plan is given, then "reference". The order is by
-            what they take and repeat bit for bit, not by speed, which has not been measured yet.
+            what they take and repeat bit for bit, not by speed, which has not been measured yet. On a Hopper GPU the
+            first call of a size measures "triton" against "gluon" and "gluon_pingpong" and remembers the faster one.
 
     Returns:
         [tokens, q_heads, d], dtype of q.
@@ -63,7 +66,16 @@ def packed_attention(
         raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
     scale = q.shape[2] ** -0.5 if scale is None else scale
     inputs = (q, k, v, cu_seqlens, plan, causal, window, softcap, scale)
+    if backend == "auto" and q.is_cuda:
+        backend = _measured(inputs)
     return OP.select(backend, *inputs)(*inputs)
+
+
+def _measured(inputs: tuple) -> str:
+    """The fastest of this package's kernels that can take the inputs on this GPU; "auto" where there is no choice."""
+    names = ("triton", *attention_hopper.NAMES)
+    ways = {name: OP.backends[name].run for name in names if not OP.backends[name].not_supported_reasons(*inputs)}
+    return attention_hopper.fastest(ways, inputs) if "triton" in ways and len(ways) > 1 else "auto"
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -154,6 +166,8 @@ def _run_reference(
 
 OP.register("cpp", _run_cpp, _cpp_reasons)
 OP.register("triton", _run_triton, _triton_reasons)
+for _name, _in_turns in attention_hopper.NAMES.items():
+    OP.register(_name, partial(attention_hopper.run, _in_turns), attention_hopper.reasons)
 for _name, _peer in PEERS.items():
     OP.register(_name, _peer.run, _peer.not_supported_reasons)
 OP.register("reference", _run_reference, no_reasons)

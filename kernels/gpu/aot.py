@@ -52,6 +52,7 @@ class Kernel:
     wgmma: int  # instructions
     tensor_columns: int = 0  # of tensor memory (sm_100)
     lacking: tuple[str, ...] = ()  # what the machine code lacks of what the kernel's source asks for
+    serialized: str | None = None  # why ptxas waits for every wgmma, "" where it does not; None where nobody asked
 
     @property
     def programs_per_sm(self) -> int:
@@ -82,6 +83,8 @@ class Kernel:
             found.append(f"{self.tensor_columns} columns of tensor memory, limit {TENSOR_COLUMNS}")
         if self.architecture == 90 and self.function in workload.wgmma and not self.wgmma:
             found.append("no wgmma instruction, expected a Hopper matmul")
+        if self.serialized and self.function in workload.asynchronous:
+            found.append(f"wgmma instructions are serialized due to {self.serialized}")
         return [f"{self.workload}: {self.function} on sm_{self.architecture}: {text}" for text in found]
 
 
@@ -163,6 +166,9 @@ def compile_workload(workload: Workload, architecture: int) -> list[Kernel]:
                 tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
                 wgmma=code.count("HGMMA"),
                 lacking=tuple(machine_code.problems(code, compiled.asm["ttgir"])),
+                serialized=machine_code.serialized(compiled.asm["ptx"])
+                if function in workload.wgmma and architecture == 90
+                else None,
             )
         )
     return kernels
@@ -205,7 +211,10 @@ def table(kernels: Sequence[Kernel], ops: Sequence[str] = OPS) -> str:
     """docs/kernels.md."""
     text = [HEADER]
     for op in ops:
-        columns = ("call", "kernel", "warps", "registers", "shared KiB", "warps in flight", "predicted us", "floor us")
+        columns = (
+            "call", "kernel", "warps", "registers", "shared KiB", "warps in flight", "wgmma", "predicted us",
+            "floor us",
+        )  # fmt: skip
         text += [f"\n## {op}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for workload in workloads(op):
             mine = [kernel for kernel in kernels if kernel.workload == workload.name]
@@ -223,6 +232,7 @@ def table(kernels: Sequence[Kernel], ops: Sequence[str] = OPS) -> str:
                     _listed(kernel.registers for kernel in each),
                     _listed(f"{kernel.shared_bytes / 1024:.0f}" for kernel in each),
                     _listed(f"{100 * kernel.occupancy:.0f} %" for kernel in each),
+                    "".join("serialized" if k.serialized else "asynchronous" for k in each if k.serialized is not None),
                 )
                 rows[row] = rows.get(row, 0) + 1
             for i, ((function, *properties), count) in enumerate(rows.items()):
@@ -236,14 +246,16 @@ HEADER = """# Kernels, compiled ahead of time
 
 Written by `make kernels` (`python -m forge_core.kernels.gpu.aot`), which compiles what every listed call launches for
 sm_80, sm_90 and sm_100 with Triton's own compiler and reads the machine code. `tests/gpu/test_aot.py` fails on a spill,
-on too much shared memory, on a matmul kernel without `wgmma` on sm_90, and on machine code that lacks the loads, stores
-or matmul instructions that the kernel's TTGIR asks for (Triton compiles what exceeds tensor memory to a bare trap).
+on too much shared memory, on a matmul kernel without `wgmma` on sm_90 or, in Gluon, with ones that ptxas serializes, and
+on machine code that lacks the loads, stores or matmul instructions that the kernel's TTGIR asks for (Triton compiles
+what exceeds tensor memory to a bare trap).
 
 No figure here was measured. **Floor**: each input read once and each output written once at 4.3 TB/s, or the matmuls at
 790 TFLOP/s, whichever is longer. **Predicted**: the bytes of each kernel's own arguments (scratch included) at the same
 ceilings, the last wave of programs counted as a full one. A running kernel can only be slower. **Warps in flight**:
-share of the 64 that a multiprocessor can hold, by registers and shared memory. Where sm_80, sm_90 and sm_100 differ,
-the three values stand in this order."""
+share of the 64 that a multiprocessor can hold, by registers and shared memory. **wgmma**: whether ptxas leaves the
+matmul instructions of sm_90 asynchronous or waits for each, which it only remarks on. Where sm_80, sm_90 and sm_100
+differ, the three values stand in this order."""
 
 
 def _listed(values: Any) -> str:

@@ -105,13 +105,23 @@ def tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
     return (forward_m // group, forward_n), (dq_m // group, dq_n), (dkdv_n, max(1, dkdv_m // group))
 
 
-# The Gluon kernels for Hopper (packed_attention_hopper.py): packed rows of a tile, keys of a block with a mask.
-HOPPER_ROWS, HOPPER_EDGE = 128, 64
+HOPPER_ROWS = 128  # packed rows of a tile of the Gluon kernel, packed_attention_hopper.py
 
 
 def padded_group(group: int) -> int:
-    """Rows that the Gluon kernels give to a token: those of `group` heads, and of none up to a power of two."""
+    """Rows that the Gluon kernel gives to a token: those of `group` heads, and of none up to a power of two."""
     return 1 << (group - 1).bit_length()
+
+
+def hopper_edge(d: int) -> int:
+    """Keys of a block with a mask in the Gluon kernel."""
+    return 64 if d <= 128 else 32
+
+
+def hopper_tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
+    """As `tile_sizes`, for a forward pass by the Gluon kernel and a backward pass by Triton's."""
+    rows = HOPPER_ROWS // padded_group(q.shape[1] // k.shape[1])
+    return ((rows, hopper_edge(q.shape[2])), *tile_sizes(q, k)[1:])
 
 
 def architecture(device: torch.device) -> int:
@@ -130,14 +140,22 @@ _uploaded: WeakKeyDictionary[PackPlan, dict[tuple, tuple[Tensor, ...]]] = WeakKe
 
 
 def tile_lists(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor, plan: PackPlan | None, causal: bool, window: int | None
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    causal: bool,
+    window: int | None,
+    tiles: tuple[tuple[int, int], ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """The lists of the forward, dQ and dK/dV kernels, int32 [tiles, 8] on the device of q.
+
+    `tiles` are the sizes of other kernels than Triton's, whose `tile_sizes` are the default.
 
     A plan's are uploaded by its first layer and kept for the others, until the plan goes. Without a plan, and in a
     compiled graph, where layers share what they compute alike, they are made on the device.
     """
-    tiles = tile_sizes(q, k)
+    tiles = tiles or tile_sizes(q, k)
     if plan is None or torch.compiler.is_compiling():
         _require_offsets(cu_seqlens, q.shape[0])
         return tuple(device_list(cu_seqlens, q.shape[0], tile, causal, window, i == 2) for i, tile in enumerate(tiles))

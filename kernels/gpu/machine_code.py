@@ -5,6 +5,7 @@ trap. So the gate asks of the machine code what the kernel's own TTGIR says that
 """
 
 import functools
+import os
 import re
 import subprocess
 import tempfile
@@ -62,14 +63,11 @@ def read(cubin: bytes) -> MachineCode:
     Raises:
         ValueError: the tool's answer is not understood.
     """
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = [
-            subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run([_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("--dump-resource-usage", "--dump-sass")
         ]
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text[0])
@@ -81,6 +79,26 @@ def read(cubin: bytes) -> MachineCode:
     if not names:
         raise ValueError(f"cuobjdump: expected machine code, got {text[1][:200]!r}")
     return MachineCode(registers, stack + local, Counter(name for name in names if name != "NOP"))
+
+
+def serialized(ptx: str) -> str:
+    """Why ptxas gives up the asynchrony of wgmma in this code, "" if it does not; it says so in a remark only.
+
+    Such a kernel is right and slow: each instruction is waited for before the next one.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_tool("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"wgmma\.mma_async instructions are serialized due to (.*?)(?: in the function.*)?$", text, re.M)
+    return found[1] if found else ""
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def problems(code: MachineCode, ttgir: str) -> list[str]:

@@ -196,7 +196,9 @@ def workloads() -> list[Workload]:
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
         listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)
     listed += _calls("float32, D 64", 8, 1, 64, True, 0, 0.0, torch.float32, ())
-    return listed
+    from . import packed_attention_hopper
+
+    return listed + packed_attention_hopper.workloads()
 
 
 def _calls(

@@ -50,7 +50,7 @@ from .attention_hopper_common import (
     row_layout,
     visible,
 )
-from .attention_tiles import HOPPER_EDGE, HOPPER_ROWS, padded_group, padded_head_dim
+from .attention_tiles import HOPPER_ROWS, hopper_edge, padded_group, padded_head_dim
 from .packed_attention import _bulk_copies, _factors
 from .workload import Workload, meta, multiprocessors
 
@@ -292,9 +292,10 @@ def hopper_forward_kernel(
     PINGPONG: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Output and lse, as forward_kernel of packed_attention_forward.py; k_edge and v_edge are k and v, EDGE_N rows."""
-    q_slots = gl.allocate_shared_memory(q.dtype, [2 * Q_STAGES, *q.block_type.shape], q.layout)
-    k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, *k.block_type.shape], k.layout)
-    v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, *v.block_type.shape], v.layout)
+    Q_SHAPE: gl.constexpr = q.block_type.shape
+    q_slots = gl.allocate_shared_memory(q.dtype, [2 * Q_STAGES, Q_SHAPE[0], Q_SHAPE[1], Q_SHAPE[2]], q.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, 1, Q_SHAPE[2]], k.layout)
+    v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, 1, Q_SHAPE[2]], v.layout)
     memory = (
         q_slots, k_ring, v_ring, _barriers(2 * Q_STAGES, 1), _barriers(2 * Q_STAGES, 1), _barriers(STAGES, 1),
         _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(2, 1),
@@ -347,7 +348,7 @@ def packed_attention_hopper(
     scale: float,
     pingpong: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward kernel: out, lse. `forward_tiles` has tiles of `hopper_tile`."""
+    """Launches the forward kernel: out, lse. `forward_tiles` has tiles of `hopper_tile_sizes`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tokens, kv_heads, d = k.shape
     group = q.shape[1] // kv_heads
@@ -357,13 +358,13 @@ def packed_attention_hopper(
     padded, width = padded_group(group), max(64, padded_head_dim(d))
     sizes = SIZES[width]
     items = forward_tiles.shape[0] * kv_heads
-    q, k, v = (x if _bulk_copies(x) else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(2) == 1 and _bulk_copies(x) else x.contiguous() for x in (q, k, v))
     query_block = [HOPPER_ROWS // 2 // padded, padded, width]
     hopper_forward_kernel[(min(items, multiprocessors(q.device)),)](
         _described(q, query_block),
-        *(_described(x, [rows, 1, width]) for rows in (sizes.block_n, HOPPER_EDGE) for x in (k, v)),
+        *(_described(x, [rows, 1, width]) for rows in (sizes.block_n, hopper_edge(d)) for x in (k, v)),
         out, lse, forward_tiles, *_factors(softcap, scale), window, tokens, items, out.stride(0), out.stride(1),
-        GROUP=group, KV_HEADS=kv_heads, D=d, BLOCK_N=sizes.block_n, EDGE_N=HOPPER_EDGE, STAGES=sizes.stages,
+        GROUP=group, KV_HEADS=kv_heads, D=d, BLOCK_N=sizes.block_n, EDGE_N=hopper_edge(d), STAGES=sizes.stages,
         Q_STAGES=sizes.q_stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=softcap > 0, PINGPONG=pingpong,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
@@ -404,4 +405,5 @@ def _call(
         round(4 * d * q_heads * tokens * (470 if causal else 940)),
         ("hopper_forward_kernel",),
         (90,),
+        ("hopper_forward_kernel",),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def choose(
     if time is None:
         if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
             return default
-        key = f"{torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__} {key}"
+        key = _on_this_gpu(key)
     known = _known()
     if known.get(key) not in ways:
         candidates = usable(ways, default)
@@ -56,6 +56,18 @@ def choose(
         known[key] = best if seconds[best] < MARGIN * seconds.get(default, float("inf")) else default
         _save(known)
     return known[key]
+
+
+def remembered(key: str, ways: Collection[str], default: str) -> str:
+    """What `choose` has chosen before, on this GPU; the default where it has not, or where tuning is off."""
+    if os.environ.get("FORGE_TUNING") == "off" or not torch.cuda.is_available():
+        return default
+    way = _known().get(_on_this_gpu(key), default)
+    return way if way in ways else default
+
+
+def _on_this_gpu(key: str) -> str:
+    return f"{torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__} {key}"
 
 
 def usable(ways: dict[str, Way], default: str) -> dict[str, Way]:

@@ -20,6 +20,7 @@ class Workload:
         flops: of its matmuls; 0 for a memory-bound op.
         wgmma: kernels (names of their functions) whose sm_90 code must hold `wgmma` instructions.
         architectures: that the call's kernels are written for.
+        asynchronous: kernels of `wgmma` for which it is an error if ptxas serializes them (they wait for each one).
     """
 
     name: str
@@ -28,6 +29,7 @@ class Workload:
     flops: int = 0
     wgmma: tuple[str, ...] = ()
     architectures: tuple[int, ...] = (80, 90, 100)
+    asynchronous: tuple[str, ...] = ()
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -106,10 +106,11 @@ def test_each_class_of_operation_has_its_instructions(ttgir: str, lacks: str) ->
         ({"lacking": ("no instruction that is a store to global memory",)}, "no instruction that is a store"),
         ({"tensor_columns": 640}, "640 columns of tensor memory, limit 512"),
         ({}, "no wgmma instruction"),
+        ({"serialized": "a reason"}, "wgmma instructions are serialized due to a reason"),
     ],
 )
 def test_problems_are_named(change: dict, message: str) -> None:
-    workload = Workload("op: forward", list, 1 << 20, wgmma=("_forward",))
+    workload = Workload("op: forward", list, 1 << 20, wgmma=("_forward",), asynchronous=("_forward",))
     (problem,) = replace(KERNEL, wgmma=int(bool(change)), **change).problems(workload)
     assert problem.startswith("op: forward: _forward on sm_90: ") and message in problem
 

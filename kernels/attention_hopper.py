@@ -1,0 +1,138 @@
+"""packed_attention by the Gluon kernel for Hopper, and the choice between it and Triton's by measurement.
+
+The forward pass is Gluon's, the backward pass Triton's: they agree on what lies between them, `lse` in base 2.
+"""
+
+import functools
+import importlib
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import library
+from .gpu.attention_tiles import HOPPER_ROWS, hopper_tile_sizes, padded_group, tile_lists
+from .library import register_op
+from .pack import PackPlan
+
+NAMES = {"gluon": False, "gluon_pingpong": True}  # backend -> whether its two warpgroups take turns
+
+
+def reasons(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    parents: Tensor | None = None,
+) -> list[str]:
+    """What keeps the Gluon kernel from taking these inputs."""
+    if q.device.type != "cuda":
+        return [f"runs on a Hopper GPU, got a tensor on {q.device}"]
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability[0] != 9:
+        return [f"runs on a Hopper GPU (compute capability 9.0), got {capability[0]}.{capability[1]}"]
+    found = _language_reasons()
+    d, group = q.shape[2], q.shape[1] // k.shape[1]
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        found = [*found, f"takes bfloat16 and float16, got {q.dtype}"]
+    if d > 256 or d % 8:
+        found = [*found, f"takes head dimensions in steps of 8 up to 256, got {d}"]
+    if padded_group(group) > HOPPER_ROWS // 2:
+        found = [*found, f"takes up to {HOPPER_ROWS // 2} query heads to a key/value head, got {group}"]
+    if parents is not None:
+        found = [*found, "does not share prompts (parents=)"]
+    return found
+
+
+@functools.cache
+def _language_reasons() -> list[str]:
+    if not library.TRITON_INSTALLED:
+        return ["triton is not installed (a CUDA build of torch comes with it)"]
+    try:  # an experimental part of Triton, whose names change between its versions
+        importlib.import_module(".gpu.packed_attention_hopper", __package__)
+    except ImportError as error:
+        warnings.warn(f"gluon: not used: this version of Triton has another interface: {error}", stacklevel=2)
+        return [f"this version of Triton has another interface: {error}"]
+    return []
+
+
+def run(
+    pingpong: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    parents: Tensor | None = None,
+) -> Tensor:
+    """Attention by the Gluon kernel; see `reasons`."""
+    if scale < 0:  # the kernel takes the largest logit from the largest product
+        q, scale = -q, -scale
+    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k))
+    op = torch.ops.forge_triton.packed_attention_hopper
+    return op(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale, pingpong)[0]
+
+
+def fastest(ways: dict[str, partial[Tensor]], inputs: tuple) -> str:
+    """The backend that "auto" takes: of those in `ways`, "triton" unless another one was measured to be faster here.
+
+    A choice holds for a class of sizes: heads, head dimension, options, and tokens and mean length of the documents up
+    to powers of two. The first call of a class measures (kernels/gpu/tuning.py); a compiled graph does not, it takes
+    what was measured before.
+    """
+    q, k, _, cu_seqlens, _, causal, window, softcap = inputs[:8]
+    tokens, documents = q.shape[0], max(1, cu_seqlens.shape[0] - 1)
+    bits = (tokens.bit_length(), (tokens // documents).bit_length(), (window or 0).bit_length())
+    heads = f"{q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
+    options = f"{'causal' if causal else 'both'}{' window' if window else ''}{' softcap' if softcap else ''}"
+    key = f"packed_attention forward {heads} {options} {q.dtype} sizes {bits}"
+    if torch.compiler.is_compiling():
+        return _remembered(key, tuple(ways))
+    from .gpu import tuning
+
+    def quietly(way: partial[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return way(*inputs)
+
+    return tuning.choose(key, {name: partial(quietly, way) for name, way in ways.items()}, "triton")
+
+
+@torch.compiler.assume_constant_result
+def _remembered(key: str, names: tuple[str, ...]) -> str:
+    from .gpu import tuning
+
+    return tuning.remembered(key, names, "triton")
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((1, k.shape[1], q.shape[0] * (q.shape[1] // k.shape[1])), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, _, dq_tiles, dkdv_tiles, *options, _ = inputs
+    ctx.options = options
+    ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
+    gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None, None, None, None, None
+
+
+register_op(
+    "packed_attention_hopper", _fake, _backward, _setup_context, gpu="packed_attention_hopper",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, Tensor dq_tiles, Tensor dkdv_tiles, bool causal, "
+    "int window, float softcap, float scale, bool pingpong) -> (Tensor, Tensor)",
+)  # fmt: skip
