@@ -1,13 +1,15 @@
 """packed_attention on packs of log-normal documents, against SDPA, FlexAttention and the varlen kernels."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from bench.peers import attention as peers
-from bench.registry import Candidates, Slow, Thunk, peer, suite_device, workload
+from bench.registry import Candidates, Missing, Slow, Thunk, peer, suite_device, workload
 from forge_core.kernels import PackPlan, packed_attention
+from forge_core.kernels.registry import OPS
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ def candidates(pack: Pack, backward: bool, device: str, varlen: bool) -> Candida
         masked = candidate(lambda: peers.sdpa_block_mask(q, k, v, mask))
         result["SDPA block mask"] = Slow(masked, 1) if device == "cpu" else masked  # up to 16 s a call
     if varlen:
+        # "forge" is whichever of these was measured to be faster on this GPU (kernels/attention_hopper.py).
+        for tier in ("triton", "gluon", "gluon_pingpong"):
+            options = (q, k, v, cu_seqlens, plan, True, None, None, pack.d**-0.5)
+            reasons = OPS["packed_attention"].backends[tier].not_supported_reasons(*options)
+            call = partial(packed_attention, q, k, v, cu_seqlens, plan=plan, backend=tier)
+            result[f"forge {tier}"] = Missing("; ".join(reasons)) if reasons else candidate(call)
         inputs = (q, k, v, cu_seqlens, max(lengths))
         result["torch varlen_attn"] = peer("torch", lambda: candidate(peers.torch_varlen(*inputs)))
         result["flash-attn"] = peer("flash_attn", lambda: candidate(peers.flash_attn_varlen(*inputs)))

@@ -106,6 +106,10 @@ def tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 HOPPER_ROWS = 128  # packed rows of a tile of the Gluon kernel, packed_attention_hopper.py
+HOPPER_KEYS, HOPPER_QUERIES = (
+    128,
+    64,
+)  # keys of a tile and packed rows of a block of packed_attention_hopper_backward.py
 
 
 def padded_group(group: int) -> int:

@@ -187,6 +187,7 @@ def workloads() -> list[Workload]:
         flops, size = 2 * tokens * d * d, 2 * tokens * d + d * d
         kernels = {90: ("hopper_matmul_kernel",) if way == "gluon" else ("matmul_kernel",)}
         options["wgmma"] = kernels[90] if 90 in options["architectures"] and way != "cublas" else ()
+        options["asynchronous"] = options["wgmma"]
         if masked_group:
             n = sum(qkv)
             name = f"dX {tokens} x {'+'.join(map(str, qkv))} -> {d} r 16 dropout, {way}"

@@ -34,13 +34,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .attention_hopper_common import (
     advance,
+    barriers,
     bounds,
     capped,
     clear_rows,
+    described,
     edge_blocks,
     edge_columns,
     fetch,
@@ -276,14 +277,6 @@ def _consume(
             )  # fmt: skip
 
 
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
-
-
 @gluon.jit(do_not_specialize=["window", "tokens", "items"])
 def hopper_forward_kernel(
     q, k, v, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot, stride_oh,
@@ -297,8 +290,8 @@ def hopper_forward_kernel(
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, 1, Q_SHAPE[2]], k.layout)
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, 1, Q_SHAPE[2]], v.layout)
     memory = (
-        q_slots, k_ring, v_ring, _barriers(2 * Q_STAGES, 1), _barriers(2 * Q_STAGES, 1), _barriers(STAGES, 1),
-        _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(2, 1),
+        q_slots, k_ring, v_ring, barriers(2 * Q_STAGES, 1), barriers(2 * Q_STAGES, 1), barriers(STAGES, 1),
+        barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2), barriers(2, 1),
     )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize(
@@ -361,19 +354,14 @@ def packed_attention_hopper(
     q, k, v = (x if x.stride(2) == 1 and _bulk_copies(x) else x.contiguous() for x in (q, k, v))
     query_block = [HOPPER_ROWS // 2 // padded, padded, width]
     hopper_forward_kernel[(min(items, multiprocessors(q.device)),)](
-        _described(q, query_block),
-        *(_described(x, [rows, 1, width]) for rows in (sizes.block_n, hopper_edge(d)) for x in (k, v)),
+        described(q, query_block),
+        *(described(x, [rows, 1, width]) for rows in (sizes.block_n, hopper_edge(d)) for x in (k, v)),
         out, lse, forward_tiles, *_factors(softcap, scale), window, tokens, items, out.stride(0), out.stride(1),
         GROUP=group, KV_HEADS=kv_heads, D=d, BLOCK_N=sizes.block_n, EDGE_N=hopper_edge(d), STAGES=sizes.stages,
         Q_STAGES=sizes.q_stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=softcap > 0, PINGPONG=pingpong,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out, lse
-
-
-def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
 def workloads() -> list[Workload]:

@@ -3,6 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from forge_core.kernels.gpu.workload import meta
 
@@ -40,6 +43,26 @@ def five_sums_kernel(a_MK, b_KN, c_MN, steps, M: tl.constexpr, N: tl.constexpr, 
     tl.store(c_MN + m * N + n, (s * t * u * v * w).to(tl.bfloat16))
 
 
+@gluon.jit
+def two_sums_kernel(x_MN, y_MN, EARLY: gl.constexpr, num_warps: gl.constexpr):
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    at = gl.arange(0, 64, gl.SliceLayout(1, COPY))[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, COPY))[None, :]
+    tile = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED, gl.load(x_MN + at))
+    s = gl.zeros([64, 64], gl.float32, ACC)
+    t = warpgroup_mma(tile, tile, gl.zeros([64, 64], gl.float32, ACC), is_async=True)
+    for i in range(8):  # noqa: B007
+        s = warpgroup_mma(tile, tile, s, is_async=True)
+        if EARLY:
+            t = warpgroup_mma_wait(1, deps=(t,)) * 2.0  # while the product of s is on its way
+        t = warpgroup_mma(tile, tile, t, is_async=True)
+        s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,)) * 2.0
+    t = warpgroup_mma_wait(0, deps=(t,))
+    at = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, ACC))[None, :]
+    gl.store(y_MN + at, (s + t).to(gl.bfloat16))
+
+
 def sum_in_few_registers() -> None:
     """64 values a thread in at most 32 registers."""
     x = meta(8192, dtype=torch.float32)
@@ -56,3 +79,9 @@ def five_sums(columns: int) -> None:
     """Five sums of so many columns: 5 x 128 are more than the 512 columns of tensor memory of sm_100."""
     x = meta(128, 128)
     five_sums_kernel[(1,)](x, x, x, 7, M=128, N=columns, K=64, num_warps=8)
+
+
+def two_sums(early: bool) -> None:
+    """With `early` one sum is scaled while the products of another are on their way: ptxas then waits for all."""
+    x = meta(64, 64)
+    two_sums_kernel[(1,)](x, x, EARLY=early, num_warps=4)

@@ -51,6 +51,18 @@ def test_spills_and_missing_wgmma_are_seen_in_the_machine_code() -> None:
 
 
 @pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("early", [False, True])
+def test_serialized_matmuls_are_seen(early: bool) -> None:
+    from tests.gpu import probes
+
+    name = ("two_sums_kernel",)
+    workload = Workload("probe: sums", partial(probes.two_sums, early), 1, wgmma=name, asynchronous=name)
+    (kernel,) = aot.compile_workload(workload, 90)
+    problems = kernel.problems(workload)
+    assert ("serialized due to non wgmma instructions" in "".join(problems)) == early and len(problems) == early
+
+
+@pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
 def test_a_kernel_that_compiled_to_a_trap_is_seen() -> None:
     from tests.gpu import probes
 
