@@ -4,6 +4,7 @@
 
 STABLE_TORCH_LIBRARY(forge, m) {
   m.def("empty_cache() -> int");
+  m.def("scaled(Tensor x, Tensor factor) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> (Tensor y, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float weight_offset, bool need_dweight)"

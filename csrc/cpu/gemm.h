@@ -59,18 +59,31 @@ inline void run_gemm(GemmProblem p) {
   });
 }
 
-// c = scale * sum of the terms (+ bias [columns] or [rows]), in the dtype of c [rows, columns], whose rows or columns
-// have unit stride.
-inline void gemm(const Tensor& c, const std::vector<GemmTerm>& terms, double scale = 1.0, const Tensor* bias = nullptr,
-                 bool bias_of_rows = false) {
+// c [rows, columns], whose rows or columns have unit stride, not yet multiplied.
+inline GemmProblem gemm_problem(const Tensor& c, const std::vector<GemmTerm>& terms) {
   GemmProblem p{c.size(0), c.size(1), terms.data(), static_cast<int64_t>(terms.size()), c.mutable_data_ptr(),
                 c.stride(0)};
   p.c_transposed = c.stride(1) != 1;
   if (p.c_transposed) p.ldc = c.stride(1);
   p.c_float = c.scalar_type() == ScalarType::Float;
+  return p;
+}
+
+// c = scale * sum of the terms (+ bias [columns] or [rows]), in the dtype of c.
+inline void gemm(const Tensor& c, const std::vector<GemmTerm>& terms, double scale = 1.0, const Tensor* bias = nullptr,
+                 bool bias_of_rows = false) {
+  GemmProblem p = gemm_problem(c, terms);
   p.scale = static_cast<float>(scale);
   if (bias != nullptr) p.bias = data<bf16>(*bias);
   p.bias_of_rows = bias_of_rows;
+  run_gemm(p);
+}
+
+// c (+)= the term, c float32.
+inline void gemm_add(const Tensor& c, const GemmTerm& term, bool add) {
+  const std::vector<GemmTerm> terms{term};
+  GemmProblem p = gemm_problem(c, terms);
+  p.add_to_c = add;
   run_gemm(p);
 }
 

@@ -30,6 +30,7 @@ struct GemmProblem {
   int64_t ldc;
   bool c_float = false;       // float32, else bfloat16
   bool c_transposed = false;  // c is stored [columns, rows]
+  bool add_to_c = false;      // of float32 c
   float scale = 1;            // of the sum
   const bf16* bias = nullptr;  // [columns] or, with bias_of_rows, [rows]; added after the scale
   bool bias_of_rows = false;

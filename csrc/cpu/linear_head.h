@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/gemm.h"
 #include "cpu/matmul_nt.h"
 #include "cpu/tensor.h"
 
@@ -56,8 +57,8 @@ class LinearHeadChunks {
       if (chunks_ <= 1 || dtype_ == ScalarType::Float) {
         dhead_ = count == 0 ? new_zeros({vocab_, width_}, dtype_) : new_tensor({vocab_, width_}, dtype_);
       } else {
-        dhead_sum_ = new_zeros({vocab_, width_}, ScalarType::Float);
-        dhead_chunk_ = new_tensor({vocab_, width_}, dtype_);
+        dhead_sum_ = new_tensor({vocab_, width_}, ScalarType::Float);
+        if (!by_gemm_) dhead_chunk_ = new_tensor({vocab_, width_}, dtype_);
       }
     }
   }
@@ -131,13 +132,15 @@ class LinearHeadChunks {
 
   void add_dhidden(int64_t chunk, int64_t n, const Tensor& dlogits) {
     const int64_t* rows = rows_.data() + first(chunk);
-    if (rows[n - 1] - rows[0] == n - 1) {
-      Tensor all = dhidden_;
-      mm_out(torch::stable::narrow(all, 0, rows[0], n), dlogits, lm_head_);
-      return;
+    Tensor all = dhidden_;
+    const bool together = rows[n - 1] - rows[0] == n - 1;
+    const Tensor compact = together ? torch::stable::narrow(all, 0, rows[0], n) : new_tensor({n, width_}, dtype_);
+    if (by_gemm_) {
+      gemm(compact, {gemm_term(dlogits, lm_head_)});
+    } else {
+      mm_out(compact, dlogits, lm_head_);
     }
-    const Tensor compact = new_tensor({n, width_}, dtype_);
-    mm_out(compact, dlogits, lm_head_);
+    if (together) return;
     torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         std::memcpy(mutable_data<T>(dhidden_) + rows[i] * width_, data<T>(compact) + i * width_, width_ * sizeof(T));
@@ -148,7 +151,12 @@ class LinearHeadChunks {
   // Sums over chunks are kept in float32.
   void add_dhead(int64_t chunk, int64_t n, const Tensor& dlogits) {
     const Tensor h = block(gathered_, n, width_);
-    if (dhead_sum_.numel() > 0) {
+    if (by_gemm_) {
+      // dhead^T = hidden^T dlogits: what is transposed is small, and dlogits are read along their rows.
+      const Tensor h_transposed = torch::stable::contiguous(transposed(h));
+      gemm_add(transposed(dhead_sum_.numel() > 0 ? dhead_sum_ : dhead_), gemm_term(h_transposed, dlogits), chunk > 0);
+    } else if (dhead_sum_.numel() > 0) {
+      if (chunk == 0) dhead_sum_ = torch::stable::zero_(dhead_sum_);
       mm_out(dhead_chunk_, transposed(dlogits), h);
       torch::stable::parallel_for(0, vocab_ * width_, 1 << 15, [&](int64_t begin, int64_t end) {
         accumulate(mutable_data<float>(dhead_sum_), data<T>(dhead_chunk_), begin, end);
@@ -171,6 +179,8 @@ class LinearHeadChunks {
   ScalarType dtype_;
   Tensor dhidden_, dhead_, dhead_sum_, dhead_chunk_, logits_, gathered_;
   bool need_dhidden_, need_dhead_;
+  // torch's own matmuls are slow on dlogits, whose rows are spaced as the float32 logits were.
+  const bool by_gemm_ = sizeof(T) == sizeof(bf16) && has_bf16_dot_product();
 };
 
 }  // namespace forge

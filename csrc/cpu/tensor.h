@@ -43,22 +43,27 @@ inline size_t element_size(ScalarType dtype) {
   }
 }
 
-// Not initialised. At most four dimensions.
-inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
+// Contiguous, not initialised, at most four dimensions.
+inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
   size_t bytes = element_size(dtype);
-  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
   if (bytes < kSmallestBlock) return torch::stable::empty(shape, dtype);
 
   std::array<int64_t, 4> strides{};
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides.at(i) = stride;
     stride *= shape[i];
   }
-  return torch::stable::from_blob(allocate_block(bytes), shape, {strides.data(), sizes.size()},
+  return torch::stable::from_blob(allocate_block(bytes), shape, {strides.data(), shape.size()},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype, &release_block);
 }
+
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return new_tensor(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+inline Tensor new_tensor_like(const Tensor& x) { return new_tensor(x.sizes(), x.scalar_type()); }
 
 inline Tensor new_zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor result = new_tensor(sizes, dtype);

@@ -163,35 +163,70 @@ void add_kept(const float* tile, KeepBits keep, float scale, int64_t first, int6
   }
 }
 
+// 16 columns of the scaled sum, with the bias.
+inline __m512 scaled(const GemmProblem& p, const float* tile, int64_t row, int64_t column, __mmask16 valid) {
+  const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(tile), _mm512_set1_ps(p.scale));
+  if (p.bias == nullptr) return x;
+  if (p.bias_of_rows) return _mm512_add_ps(x, _mm512_set1_ps(to_float(p.bias[row])));
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p.bias + column));
+  return _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+}
+
 // Scales, adds the bias, rounds and writes rows x columns of C.
 void finish(const GemmProblem& p, const float* tile, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  bf16 rounded[kGemmMaxRows * kGemmColumns];
-  float exact[kGemmMaxRows * kGemmColumns];
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < columns; j += 16) {
       const __mmask16 valid = static_cast<__mmask16>(low_bits(smaller(columns - j, 16)));
-      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(tile + r * kGemmColumns + j), _mm512_set1_ps(p.scale));
-      if (p.bias != nullptr && p.bias_of_rows) x = _mm512_add_ps(x, _mm512_set1_ps(to_float(p.bias[row + r])));
-      if (p.bias != nullptr && !p.bias_of_rows) {
-        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p.bias + column + j));
-        x = _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
-      }
-      const int64_t in_tile = r * kGemmColumns + j, in_c = (row + r) * p.ldc + column + j;
+      __m512 x = scaled(p, tile + r * kGemmColumns + j, row + r, column + j, valid);
+      const int64_t at = (row + r) * p.ldc + column + j;
       if (p.c_float) {
-        _mm512_mask_storeu_ps(p.c_transposed ? exact + in_tile : static_cast<float*>(p.c) + in_c, valid, x);
+        float* out = static_cast<float*>(p.c) + at;
+        if (p.add_to_c) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(valid, out));
+        _mm512_mask_storeu_ps(out, valid, x);
       } else {
-        _mm256_mask_storeu_epi16(p.c_transposed ? rounded + in_tile : static_cast<bf16*>(p.c) + in_c, valid,
-                                 (__m256i)_mm512_cvtneps_pbh(x));
+        _mm256_mask_storeu_epi16(static_cast<bf16*>(p.c) + at, valid, (__m256i)_mm512_cvtneps_pbh(x));
       }
     }
   }
-  if (!p.c_transposed) return;
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t at = (column + j) * p.ldc + row;
-    if (p.c_float) {
-      for (int64_t r = 0; r < rows; ++r) static_cast<float*>(p.c)[at + r] = exact[r * kGemmColumns + j];
-    } else {
-      for (int64_t r = 0; r < rows; ++r) static_cast<bf16*>(p.c)[at + r] = rounded[r * kGemmColumns + j];
+}
+
+// The same for a C that is stored [columns, rows]: 64 bytes of a column of the tile at a time.
+void finish_transposed(const GemmProblem& p, const float* tile, int64_t row, int64_t rows, int64_t column,
+                       int64_t columns) {
+  const int64_t step = p.c_float ? 16 : 32;
+  for (int64_t r = 0; r < rows; r += step) {
+    for (int64_t j = 0; j < columns; j += 16) {
+      const __mmask16 valid = static_cast<__mmask16>(low_bits(smaller(columns - j, 16)));
+      const auto at_row = [&](int64_t i) {
+        return r + i < rows ? scaled(p, tile + (r + i) * kGemmColumns + j, row + r + i, column + j, valid)
+                            : _mm512_setzero_ps();
+      };
+      __m512i x[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (p.c_float) {
+          x[i] = _mm512_castps_si512(at_row(i));
+        } else {  // two rows to a lane
+          const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(at_row(2 * i)));
+          const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(at_row(2 * i + 1)));
+          x[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        }
+      }
+      transpose_16x16(x);
+      const uint64_t kept = low_bits(rows - r);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (j + i >= columns) break;
+        const int64_t at = (column + j + i) * p.ldc + row + r;
+        if (p.c_float) {
+          float* out = static_cast<float*>(p.c) + at;
+          __m512 sum = _mm512_castsi512_ps(x[i]);
+          if (p.add_to_c) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept), out));
+          _mm512_mask_storeu_ps(out, static_cast<__mmask16>(kept), sum);
+        } else {
+          _mm512_mask_storeu_epi16(static_cast<bf16*>(p.c) + at, static_cast<__mmask32>(kept), x[i]);
+        }
+      }
     }
   }
 }
@@ -275,7 +310,7 @@ void run(const GemmProblem& p, int64_t begin, int64_t end, char* scratch) {
             room += block_rows * stride;
           }
         }
-        float* tile = strip + (single ? 0 : (row - row_begin) * kGemmColumns);
+        float* tile = strip + (single && !p.c_transposed ? 0 : (row - row_begin) * kGemmColumns);
         if (round.masked == nullptr) {
           kBlocks[vectors - 1](pieces, round.count, tile, !first);
         } else {
@@ -283,10 +318,11 @@ void run(const GemmProblem& p, int64_t begin, int64_t end, char* scratch) {
           add_kept(product, round.masked->keep_product, round.masked->product_scale, row * p.columns + column, p.columns,
                    rows, vectors, tile, !first);
         }
-        if (at.term == p.term_count) finish(p, tile, row, rows, column, columns);
+        if (at.term == p.term_count && !p.c_transposed) finish(p, tile, row, rows, column, columns);
       }
       first = false;
     }
+    if (p.c_transposed) finish_transposed(p, strip, row_begin, row_end - row_begin, column, columns);
   }
 }
 
