@@ -1,46 +1,14 @@
 // decode_attention: one query token per sequence over that sequence's rows of the key/value cache, float32 arithmetic.
-#include "cpu/vec.h"
+#include "cpu/decode_attention.h"
 
 namespace forge {
-
-struct DecodeShape {
-  int64_t q_heads, kv_heads, capacity, d, window;  // window 0: no limit
-  float scale, softcap;                            // softcap 0: none
-};
-
-template <class T>
-struct DecodeAttentionKernels {
-  // Task i is key/value head i % kv_heads of sequence i / kv_heads. q and out [n, q_heads, d]; keys and values
-  // [rows, kv_heads, capacity, d]; scratch: floats, decode_scratch of them.
-  void (*run)(const DecodeShape& shape, const T* q, const T* keys, const T* values, const int64_t* lengths, T* out,
-              float* scratch, int64_t begin, int64_t end);
-};
-
-inline int64_t decode_scratch(const DecodeShape& s) {
-  const int64_t group = s.q_heads / s.kv_heads;
-  return group * (2 * s.d + s.capacity) + s.d;
-}
-
 namespace FORGE_ISA {
 namespace {
 
-// scores [length] -> their exponentials relative to the largest; returns the sum.
-inline float exponentials(float* scores, int64_t length) {
-  float highest = scores[0], sum = 0;
-#pragma omp simd reduction(max : highest)
-  for (int64_t t = 0; t < length; ++t) highest = scores[t] > highest ? scores[t] : highest;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t t = 0; t < length; ++t) {
-    scores[t] = exp_approx(scores[t] - highest);
-    sum += scores[t];
-  }
-  return sum;
-}
-
 // D: the head dimension where it is a common one, so that the loops over it unroll; else 0.
 template <class T, int D>
-void run_tasks(const DecodeShape& s, const T* q, const T* keys, const T* values, const int64_t* lengths, T* out,
-               float* scratch, int64_t begin, int64_t end) {
+void run_tasks(const DecodeShape& s, const T* q, int64_t q_stride, const T* keys, const T* values,
+               const int64_t* lengths, T* out, int64_t out_stride, float* scratch, int64_t begin, int64_t end) {
   const int64_t d = D > 0 ? D : s.d, group = s.q_heads / s.kv_heads;
   float* queries = scratch;           // [group, d], scaled
   float* sums = queries + group * d;  // [group, d]
@@ -49,12 +17,13 @@ void run_tasks(const DecodeShape& s, const T* q, const T* keys, const T* values,
   for (int64_t task = begin; task < end; ++task) {
     const int64_t sequence = task / s.kv_heads, head = task % s.kv_heads, last = lengths[sequence];
     const int64_t first = s.window > 0 && last > s.window ? last - s.window : 0, length = last - first;
-    const int64_t query_row = (sequence * s.q_heads + head * group) * d;
+    const T* query = q + sequence * q_stride + head * group * d;
+    T* result = out + sequence * out_stride + head * group * d;
     const T* key = keys + ((sequence * s.kv_heads + head) * s.capacity + first) * d;
     const T* value = values + ((sequence * s.kv_heads + head) * s.capacity + first) * d;
 #pragma omp simd
     for (int64_t i = 0; i < group * d; ++i) {
-      queries[i] = to_float(q[query_row + i]) * s.scale;
+      queries[i] = to_float(query[i]) * s.scale;
       sums[i] = 0;
     }
     for (int64_t t = 0; t < length; ++t) {
@@ -67,16 +36,7 @@ void run_tasks(const DecodeShape& s, const T* q, const T* keys, const T* values,
         scores[g * s.capacity + t] = dot;
       }
     }
-    for (int64_t g = 0; g < group; ++g) {
-      float* of_query = scores + g * s.capacity;
-      if (s.softcap > 0) {
-#pragma omp simd
-        for (int64_t t = 0; t < length; ++t) of_query[t] = s.softcap * tanh_approx(of_query[t] / s.softcap);
-      }
-      const float inverse = 1.0f / exponentials(of_query, length);
-#pragma omp simd
-      for (int64_t t = 0; t < length; ++t) of_query[t] *= inverse;
-    }
+    for (int64_t g = 0; g < group; ++g) to_probabilities(s.softcap, scores + g * s.capacity, length);
     for (int64_t t = 0; t < length; ++t) {
 #pragma omp simd
       for (int64_t i = 0; i < d; ++i) row[i] = to_float(value[t * d + i]);
@@ -87,15 +47,15 @@ void run_tasks(const DecodeShape& s, const T* q, const T* keys, const T* values,
       }
     }
 #pragma omp simd
-    for (int64_t i = 0; i < group * d; ++i) out[query_row + i] = from_float<T>(sums[i]);
+    for (int64_t i = 0; i < group * d; ++i) result[i] = from_float<T>(sums[i]);
   }
 }
 
 template <class T>
-void run(const DecodeShape& s, const T* q, const T* keys, const T* values, const int64_t* lengths, T* out,
-         float* scratch, int64_t begin, int64_t end) {
+void run(const DecodeShape& s, const T* q, int64_t q_stride, const T* keys, const T* values, const int64_t* lengths,
+         T* out, int64_t out_stride, float* scratch, int64_t begin, int64_t end) {
   const auto tasks = s.d == 64 ? &run_tasks<T, 64> : s.d == 128 ? &run_tasks<T, 128> : &run_tasks<T, 0>;
-  tasks(s, q, keys, values, lengths, out, scratch, begin, end);
+  tasks(s, q, q_stride, keys, values, lengths, out, out_stride, scratch, begin, end);
 }
 
 const RegisterKernels<DecodeAttentionKernels<float>> register_float({&run<float>});
@@ -107,7 +67,9 @@ const RegisterKernels<DecodeAttentionKernels<bf16>> register_bf16({&run<bf16>});
 
 #if FORGE_ISA_LEVEL == 0
 
+#include "cpu/decode_tasks.h"
 #include "cpu/tensor.h"
+#include "cpu/thread_scratch.h"
 
 namespace forge {
 namespace {
@@ -135,14 +97,13 @@ Tensor decode_attention(const Tensor& q_any, const Tensor& keys, const Tensor& v
   const DecodeShape shape{q.size(1), keys.size(1), keys.size(2), q.size(2), window, static_cast<float>(scale),
                           static_cast<float>(softcap)};
   const Tensor out = torch::stable::empty_like(q);
-  const int64_t tasks = q.size(0) * shape.kv_heads, threads = torch::stable::get_num_threads();
-  const int64_t floats = (decode_scratch(shape) + 15) / 16 * 16, grain = (tasks + threads - 1) / threads;
-  const Tensor scratch = new_tensor({threads, floats}, ScalarType::Float);
+  const std::vector<int64_t> bounds = balanced_tasks(shape, length, q.size(0));
   dispatch_float_bf16(q, "q", [&]<class T>() {
-    torch::stable::parallel_for(0, tasks, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
-      kernels<DecodeAttentionKernels<T>>().run(shape, data<T>(q), data<T>(keys), data<T>(values), length,
-                                               mutable_data<T>(out),
-                                               mutable_data<float>(scratch) + begin / grain * floats, begin, end);
+    run_balanced(bounds, [&](int64_t begin, int64_t end) {
+      float* scratch = reinterpret_cast<float*>(thread_scratch(4 * decode_scratch(shape)));
+      kernels<DecodeAttentionKernels<T>>().run(shape, data<T>(q), q.size(1) * q.size(2), data<T>(keys),
+                                               data<T>(values), length, mutable_data<T>(out), q.size(1) * q.size(2),
+                                               scratch, begin, end);
     });
   });
   return out;

@@ -17,10 +17,16 @@ Tensors frozen_linear(const Tensor& x_any, const Tensors& weights, const Tensors
   FORGE_CHECK(biases.empty() || biases.size() == weights.size(), "bias", biases.size() << " entries",
               weights.size() << ", one per weight, or none");
   const Tensor x = as_contiguous(x_any);
-  Tensors ys;
+  Tensors ys, kept;
+  std::vector<FewRowsSum> few;
   for (size_t i = 0; i < weights.size(); ++i) {
     ys.push_back(new_tensor({x.size(0), weights[i].size(0)}, x.scalar_type()));
     const Tensor bias = biases.empty() ? x : as_contiguous(biases[i]);
+    if (takes_gemm(x) && takes_few_rows(x, weights[i])) {
+      kept.push_back(bias);
+      few.push_back({ys.back(), {{x, weights[i]}}, biases.empty() ? nullptr : data<bf16>(bias)});
+      continue;
+    }
     if (takes_gemm(x)) {
       gemm_linear(ys.back(), {{x, row_or_column_major(weights[i])}}, 1.0, biases.empty() ? nullptr : &bias);
     } else if (biases.empty()) {
@@ -29,6 +35,7 @@ Tensors frozen_linear(const Tensor& x_any, const Tensors& weights, const Tensors
       addmm_out(ys.back(), bias, x, transposed(weights[i]));
     }
   }
+  if (!few.empty()) few_rows_linear(few);
   return ys;
 }
 

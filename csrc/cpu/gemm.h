@@ -2,10 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
+#include "cpu/few_rows_linear.h"
 #include "cpu/gemm_bf16.h"
 #include "cpu/tensor.h"
+#include "cpu/thread_scratch.h"
 
 namespace forge {
 
@@ -45,17 +46,9 @@ inline void run_gemm(GemmProblem p) {
   const int64_t threads = torch::stable::get_num_threads();
   cut_into_tasks(p, threads);
   const int64_t tasks = (p.columns + kGemmColumns - 1) / kGemmColumns * p.parts;
-  const int64_t bytes = gemm_scratch(p.part_rows) + 64;
+  const int64_t bytes = gemm_scratch(p.part_rows);
   torch::stable::parallel_for(0, tasks, (tasks + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    // Kept from call to call: fresh pages cost more than a small matmul.
-    static thread_local std::unique_ptr<char[]> scratch;
-    static thread_local int64_t size = 0;
-    if (size < bytes) {
-      scratch = std::make_unique_for_overwrite<char[]>(static_cast<size_t>(bytes));
-      size = bytes;
-    }
-    char* aligned = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64) % 64;
-    kernels<GemmKernels>().run(p, begin, end, aligned);
+    kernels<GemmKernels>().run(p, begin, end, thread_scratch(bytes));
   });
 }
 
@@ -69,13 +62,12 @@ inline GemmProblem gemm_problem(const Tensor& c, const std::vector<GemmTerm>& te
   return p;
 }
 
-// c = scale * sum of the terms (+ bias [columns] or [rows]), in the dtype of c.
-inline void gemm(const Tensor& c, const std::vector<GemmTerm>& terms, double scale = 1.0, const Tensor* bias = nullptr,
-                 bool bias_of_rows = false) {
+// c = scale * sum of the terms (+ bias [columns]), in the dtype of c.
+inline void gemm(const Tensor& c, const std::vector<GemmTerm>& terms, double scale = 1.0,
+                 const Tensor* bias = nullptr) {
   GemmProblem p = gemm_problem(c, terms);
   p.scale = static_cast<float>(scale);
   if (bias != nullptr) p.bias = data<bf16>(*bias);
-  p.bias_of_rows = bias_of_rows;
   run_gemm(p);
 }
 
@@ -94,15 +86,17 @@ struct LinearTerm {
 // y [rows, out] = scale * sum of x weight^T (+ bias [out]).
 inline void gemm_linear(const Tensor& y, const std::vector<LinearTerm>& linears, double scale = 1.0,
                         const Tensor* bias = nullptr) {
-  // Few rows: y^T = weight x^T. Then x is what is packed, and the weights, which are all the work, are read in place.
-  constexpr int64_t kFewRows = 64;
-  bool few = y.size(0) <= kFewRows;
-  for (const LinearTerm& linear : linears) few = few && linear.weight.stride(1) == 1;
+  FewRowsSum few{y, {}, bias == nullptr ? nullptr : data<bf16>(*bias)};
   std::vector<GemmTerm> terms;
   for (const auto& [x, weight] : linears) {
-    terms.push_back(few ? gemm_term(weight, transposed(x)) : gemm_term(x, transposed(weight)));
+    terms.push_back(gemm_term(x, transposed(weight)));
+    if (takes_few_rows(x, weight)) few.products.push_back({x, weight});
   }
-  gemm(few ? transposed(y) : y, terms, scale, bias, few);
+  if (few.products.size() == linears.size()) {
+    few_rows_linear({few}, scale);
+  } else {
+    gemm(y, terms, scale, bias);
+  }
 }
 
 }  // namespace forge

@@ -32,8 +32,7 @@ struct GemmProblem {
   bool c_transposed = false;  // c is stored [columns, rows]
   bool add_to_c = false;      // of float32 c
   float scale = 1;            // of the sum
-  const bf16* bias = nullptr;  // [columns] or, with bias_of_rows, [rows]; added after the scale
-  bool bias_of_rows = false;
+  const bf16* bias = nullptr;  // [columns], added after the scale
   // The work is cut into panels of kGemmColumns columns times `parts` parts of `part_rows` rows.
   int64_t parts = 1, part_rows = 0;
 };

@@ -1,18 +1,7 @@
 // rms_norm: y = x * rstd * (weight + offset), rstd = 1 / sqrt(mean(x^2) + eps), one row at a time, float32 arithmetic.
-#include "cpu/vec.h"
+#include "cpu/rms_norm.h"
 
 namespace forge {
-
-template <class T>
-struct RmsNormKernels {
-  // Rows [begin, end) of x [rows, d] -> y [rows, d], rstd [rows].
-  void (*forward)(const T* x, const T* weight, T* y, float* rstd, int64_t begin, int64_t end, int64_t d, float eps,
-                  float offset);
-  // Rows [begin, end): dx, and dweight [d] (float32, overwritten) summed over these rows unless it is null.
-  void (*backward)(const T* dy, const T* x, const T* weight, const float* rstd, T* dx, float* dweight, int64_t begin,
-                   int64_t end, int64_t d, float offset);
-};
-
 namespace FORGE_ISA {
 namespace {
 

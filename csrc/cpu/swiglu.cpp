@@ -3,17 +3,9 @@
 //   gelu_tanh: z(x) = 2 * sqrt(2/pi) * (x + 0.044715 x^3), because (1 + tanh(u)) / 2 = sigmoid(2 u)
 // act'(x) = s + x * s * (1 - s) * z'(x) with s = sigmoid(z(x)) = 1 / (1 + e), e = exp(-z), and 1 - s = e * s, which loses
 // no digits where s is close to one.
-#include "cpu/vec.h"
+#include "cpu/swiglu.h"
 
 namespace forge {
-
-template <class T>
-struct SwigluKernels {
-  // Elements [begin, end); `gelu` selects gelu_tanh.
-  void (*forward)(const T* gate, const T* up, T* y, int64_t begin, int64_t end, bool gelu);
-  void (*backward)(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t begin, int64_t end, bool gelu);
-};
-
 namespace FORGE_ISA {
 namespace {
 

@@ -17,24 +17,7 @@ inline uint64_t bits_at(KeepBits bits, int64_t first) {
   return shift == 0 ? bits[word] : bits[word] >> shift | bits[word + 1] << (64 - shift);
 }
 
-inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
-
 // ---- packing ------------------------------------------------------------------------------------------------
-
-// 16 rows of 32 elements, `stride` apart -> packed[pair * packed_stride + row]; only `rows` rows and `depth` elements
-// are read, the others are zero.
-inline void pack_16_rows(const bf16* source, int64_t stride, int64_t rows, int64_t depth, uint32_t* packed,
-                         int64_t packed_stride) {
-  const __mmask32 valid = static_cast<__mmask32>(low_bits(smaller(depth, 32)));
-  __m512i x[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    x[i] = i < rows ? _mm512_maskz_loadu_epi16(valid, source + i * stride) : _mm512_setzero_si512();
-  }
-  transpose_16x16(x);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(packed + i * packed_stride, x[i]);
-}
 
 // Rows [from, from + depth) of the term's B, columns [column, column + columns) -> packed [pairs][16 * vectors].
 void pack(const GemmTerm& term, int64_t from, int64_t depth, int64_t column, int64_t columns, int64_t vectors,
@@ -164,10 +147,9 @@ void add_kept(const float* tile, KeepBits keep, float scale, int64_t first, int6
 }
 
 // 16 columns of the scaled sum, with the bias.
-inline __m512 scaled(const GemmProblem& p, const float* tile, int64_t row, int64_t column, __mmask16 valid) {
+inline __m512 scaled(const GemmProblem& p, const float* tile, int64_t column, __mmask16 valid) {
   const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(tile), _mm512_set1_ps(p.scale));
   if (p.bias == nullptr) return x;
-  if (p.bias_of_rows) return _mm512_add_ps(x, _mm512_set1_ps(to_float(p.bias[row])));
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p.bias + column));
   return _mm512_add_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
 }
@@ -177,7 +159,7 @@ void finish(const GemmProblem& p, const float* tile, int64_t row, int64_t rows, 
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < columns; j += 16) {
       const __mmask16 valid = static_cast<__mmask16>(low_bits(smaller(columns - j, 16)));
-      __m512 x = scaled(p, tile + r * kGemmColumns + j, row + r, column + j, valid);
+      __m512 x = scaled(p, tile + r * kGemmColumns + j, column + j, valid);
       const int64_t at = (row + r) * p.ldc + column + j;
       if (p.c_float) {
         float* out = static_cast<float*>(p.c) + at;
@@ -198,7 +180,7 @@ void finish_transposed(const GemmProblem& p, const float* tile, int64_t row, int
     for (int64_t j = 0; j < columns; j += 16) {
       const __mmask16 valid = static_cast<__mmask16>(low_bits(smaller(columns - j, 16)));
       const auto at_row = [&](int64_t i) {
-        return r + i < rows ? scaled(p, tile + (r + i) * kGemmColumns + j, row + r + i, column + j, valid)
+        return r + i < rows ? scaled(p, tile + (r + i) * kGemmColumns + j, column + j, valid)
                             : _mm512_setzero_ps();
       };
       __m512i x[16];

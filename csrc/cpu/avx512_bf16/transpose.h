@@ -1,4 +1,4 @@
-// The step that every packing along the depth shares.
+// The steps that every packing along the depth shares.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#include "cpu/isa.h"
+#include "cpu/vec.h"
 
 namespace forge::FORGE_ISA {
 
@@ -43,6 +43,24 @@ inline void transpose_16x16(__m512i (&x)[16]) {
     x[8 + c] = _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0x88);
     x[12 + c] = _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0xdd);
   }
+}
+
+// The lowest `count` bits of a mask set; all of them from 64 on.
+inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// 16 rows of 32 elements, `stride` apart -> packed[pair * packed_stride + row]; only `rows` rows and `depth` elements
+// are read, the others are zero.
+inline void pack_16_rows(const bf16* source, int64_t stride, int64_t rows, int64_t depth, uint32_t* packed,
+                         int64_t packed_stride) {
+  const __mmask32 valid = static_cast<__mmask32>(low_bits(depth));
+  __m512i x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    x[i] = i < rows ? _mm512_maskz_loadu_epi16(valid, source + i * stride) : _mm512_setzero_si512();
+  }
+  transpose_16x16(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(packed + i * packed_stride, x[i]);
 }
 
 }  // namespace forge::FORGE_ISA
