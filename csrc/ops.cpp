@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(forge, m) {
       " -> (Tensor dx, Tensor ds, Tensor[] dbs)");
   m.def("frozen_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]");
   m.def("frozen_linear_backward(Tensor[] dys, Tensor[] weights) -> Tensor");
+  m.def("linear_argmax(Tensor hidden, Tensor lm_head) -> Tensor");
   m.def(
       "weighted_linear_cross_entropy(Tensor hidden, Tensor lm_head, Tensor targets, Tensor? token_weights,"
       " Tensor? source_ids, int num_sources, Tensor? normalizer, int ignore_index, SymInt? counted_rows,"
@@ -54,4 +55,9 @@ STABLE_TORCH_LIBRARY(forge, m) {
   m.def(
       "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor lengths, int window, float softcap, float scale)"
       " -> Tensor");
+  m.def(
+      "decode_layers(Tensor x, Tensor positions, Tensor[] tables, Tensor(a!)[] keys, Tensor(b!)[] values,"
+      " Tensor[] tensors, int[] slots, int[] windows, int[] table_of_layer, int q_heads, str activation, float eps,"
+      " float weight_offset, float scale, float softcap) -> Tensor");
+  m.def("has_bf16_dot_product() -> bool");
 }

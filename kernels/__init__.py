@@ -5,8 +5,10 @@
 if __name__ == "forge_core.kernels":
     from .add_rms_norm import add_rms_norm
     from .decode_attention import decode_attention
+    from .decode_layers import DecodeLayer, DecodeLinear, DecodeStack, decode_layers
     from .frozen_linear import frozen_linear
     from .library import empty_cache
+    from .linear_argmax import linear_argmax
     from .linear_token_logprobs import linear_token_logprobs
     from .lora_linear import lora_linear
     from .pack import PackPlan, TokenMixer, pack_sequences
@@ -19,6 +21,9 @@ if __name__ == "forge_core.kernels":
     from .weighted_linear_cross_entropy import MixingLoss, weighted_linear_cross_entropy
 
 __all__ = [
+    "DecodeLayer",
+    "DecodeLinear",
+    "DecodeStack",
     "MixingLoss",
     "PackPlan",
     "PolicyLoss",
@@ -26,8 +31,10 @@ __all__ = [
     "add_rms_norm",
     "available_backends",
     "decode_attention",
+    "decode_layers",
     "empty_cache",
     "frozen_linear",
+    "linear_argmax",
     "linear_token_logprobs",
     "lora_linear",
     "pack_sequences",

@@ -362,3 +362,9 @@ def decode_attention(
     # Masked places enter the product with probability 0, and 0 * NaN would be NaN.
     seen = values[:count].to(wide).masked_fill(~visible.transpose(2, 3), 0.0)
     return (probabilities @ seen).reshape(q.shape).to(q.dtype)
+
+
+def linear_argmax(hidden: Tensor, lm_head: Tensor) -> Tensor:
+    """Plain-torch definition of kernels/linear_argmax.py."""
+    # max takes the first of equals, as argmax does, and is several times faster in bfloat16.
+    return F.linear(hidden, lm_head).max(dim=-1).indices

@@ -13,15 +13,15 @@ namespace forge {
 constexpr int64_t kTileFloats = kStrip * kFewRows;
 
 // Splits projections with these numbers of outputs into strips of kStrip and these evenly among the threads. Each thread
-// calls state = prepare() once and then strip(state, projection, first, count) for its strips.
+// calls state = prepare(its number) once and then strip(state, projection, first, count) for its strips.
 template <class Prepare, class Strip>
 void for_strips(const std::vector<int64_t>& outputs, const Prepare& prepare, const Strip& strip) {
   int64_t strips = 0;
   for (int64_t count : outputs) strips += (count + kStrip - 1) / kStrip;
   const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, strips, std::max<int64_t>(1, (strips + threads - 1) / threads),
-                              [&](int64_t begin, int64_t end) {
-    const auto state = prepare();
+  const int64_t grain = std::max<int64_t>(1, (strips + threads - 1) / threads);  // as many as a thread gets
+  torch::stable::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
+    const auto state = prepare(begin / grain);
     int64_t before = 0;  // strips of the projections before this one
     for (size_t i = 0; i < outputs.size(); ++i) {
       const int64_t own = (outputs[i] + kStrip - 1) / kStrip;
@@ -62,7 +62,7 @@ inline void few_rows_linear(const std::vector<FewRowsSum>& sums, double scale = 
   const auto& kernel = kernels<FewRowsKernels>();
   for_strips(
       outputs,
-      [&] {
+      [&](int64_t) {
         int64_t words = kTileFloats;
         for (const auto& product : products) words += few_rows_packed(rows, product.x.size(1));
         State state{reinterpret_cast<float*>(thread_scratch(4 * words)), {}};

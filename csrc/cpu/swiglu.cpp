@@ -78,11 +78,6 @@ namespace {
 
 constexpr int64_t kGrain = 16384;
 
-bool is_gelu(const std::string& activation) {
-  FORGE_CHECK(activation == "silu" || activation == "gelu_tanh", "activation", activation, "silu or gelu_tanh");
-  return activation == "gelu_tanh";
-}
-
 void check_alike(const Tensor& a, const Tensor& gate, const char* name) {
   FORGE_CHECK(a.numel() == gate.numel() && a.scalar_type() == gate.scalar_type(), name,
               a.numel() << " elements of " << toString(a.scalar_type()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from forge_core.kernels import decode_attention
 
@@ -36,7 +35,8 @@ class KVCache:
         self.capacity += added
         for stores in (self.keys, self.values):
             for layer, store in enumerate(stores):
-                stores[layer] = F.pad(store, (0, 0, 0, added))
+                stores[layer] = store.new_empty((*store.shape[:2], self.capacity, store.shape[3]))
+                stores[layer][:, :, : store.shape[2]] = store
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [tokens, kv_heads, head_dim] at the given row and position of each token."""

@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import DecodeAttend, KVCache, PrefillAttend
+from forge_core.kernels import linear_argmax
+
+from .cache import KVCache, PrefillAttend
 from .sampling import choose_tokens
+from .step import DecodeStep
 
 if TYPE_CHECKING:
     from .decoder import CausalLM
 
+_RESERVED_TOKENS = 128  # of room for new tokens at most, made before there are any: growing the cache copies it
 _PREFILL_TOKENS = 8192  # prompts are prefilled in packs of about this many tokens, to bound the activations
 
 
@@ -51,7 +55,9 @@ def generate(
     device = model.lm_head_weight.device
     rows = min(batch_size, len(prompts))
     cache = KVCache(model.config, rows, dtype=model.lm_head_weight.dtype, device=device)
+    step = DecodeStep(model, cache)
     active: list[_Sequence] = []
+    last_of_stops = {stop[-1] for stop in stops}
 
     def accept(sequences: list[_Sequence], hidden: Tensor) -> list[_Sequence]:
         """Choose the next token of each sequence; return those that have ended."""
@@ -59,14 +65,19 @@ def generate(
         if temperature > 0.0:
             numbers = [sequence.uniforms[len(sequence.new)] for sequence in sequences if sequence.uniforms is not None]
             uniform = torch.tensor(numbers, dtype=torch.float64, device=device)
-        tokens = choose_tokens(
-            model.logits(hidden), uniform, temperature=temperature, top_p=top_p, top_k=top_k
-        ).tolist()
+        if uniform is None and model.logit_softcap is None:  # capped logits that saturate are equal
+            tokens = linear_argmax(hidden, model.lm_head_weight).tolist()
+        else:
+            tokens = choose_tokens(
+                model.logits(hidden), uniform, temperature=temperature, top_p=top_p, top_k=top_k
+            ).tolist()
         ended = []
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.last = token
             sequence.new.append(token)
-            matched = next((s for s in stops if tuple(sequence.new[-len(s) :]) == s), None)
+            matched = None
+            if token in last_of_stops:
+                matched = next((s for s in stops if tuple(sequence.new[-len(s) :]) == s), None)
             if matched is not None or len(sequence.new) == max_new_tokens:
                 results[sequence.index] = sequence.new[: -len(matched)] if matched else sequence.new
                 ended.append(sequence)
@@ -81,10 +92,12 @@ def generate(
                 ]
                 first = len(active)
                 active += sequences
+                room = min(max_new_tokens, _RESERVED_TOKENS)
+                cache.reserve(max(sequence.length for sequence in sequences) + room)
                 _retire(cache, active, accept(sequences, _prefill(model, cache, [prompts[i] for i in group], first)))
         if not active:
             return results
-        _retire(cache, active, accept(active, _decode(model, cache, active)))
+        _retire(cache, active, accept(active, _decode(step, active)))
 
 
 def _prefill(model: CausalLM, cache: KVCache, prompts: list[Sequence[int]], first_row: int) -> Tensor:
@@ -97,21 +110,19 @@ def _prefill(model: CausalLM, cache: KVCache, prompts: list[Sequence[int]], firs
     rows = torch.repeat_interleave(torch.arange(first_row, first_row + len(prompts)), lengths)
     positions = torch.arange(input_ids.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
     positions = positions.to(device)
-    cache.reserve(max(len(prompt) for prompt in prompts))
     attend = PrefillAttend(cache, cu_seqlens.to(device), rows.to(device), positions)
     hidden = model.model(input_ids.to(device), positions, attend)
     return hidden[(cu_seqlens[1:] - 1).long().to(device)]
 
 
-def _decode(model: CausalLM, cache: KVCache, active: list[_Sequence]) -> Tensor:
+def _decode(step: DecodeStep, active: list[_Sequence]) -> Tensor:
     """Run the newest token of each sequence; its hidden state, [n, hidden]."""
-    device = model.lm_head_weight.device
+    device = step.model.lm_head_weight.device
     lengths = [sequence.length for sequence in active]
-    positions = torch.tensor(lengths, device=device)
-    input_ids = torch.tensor([sequence.last for sequence in active], device=device)
-    cache.reserve(max(lengths) + 1)
-    attend = DecodeAttend(cache, positions)
-    hidden = model.model(input_ids, positions, attend)
+    step.cache.reserve(max(lengths) + 1)
+    hidden = step(
+        torch.tensor([sequence.last for sequence in active], device=device), torch.tensor(lengths, device=device)
+    )
     for sequence in active:
         sequence.length += 1
     return hidden
