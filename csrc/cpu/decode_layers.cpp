@@ -48,11 +48,28 @@ struct Input {
   const bf16* norm;
 };
 
+// Weights to be read next, row stride ld; null: none.
+struct Rest {
+  const bf16* weight;
+  int64_t ld;
+};
+
+Rest rest_of(const Linear& linear, int64_t row) { return {linear.weight + row * linear.depth, linear.depth}; }
+
 // What a thread holds while it works on its strips of a group of linear layers.
 struct Worker {
   float *tile, *second_tile;  // [kStrip, lanes]
   std::vector<uint32_t*> packed;  // the input, then its product with each layer's lora_a
+  Rest following;                 // what this thread reads first in the next phase of linear layers
 };
+
+// The first of the linear layers of a phase, and the strips of all of them; null behind the last phase.
+struct Phase {
+  const Linear* first;
+  int64_t strips;
+};
+
+int64_t strips_of(int64_t outputs) { return (outputs + kStrip - 1) / kStrip; }
 
 // At most kFewRows sequences on their way through the layers.
 class Rows {
@@ -74,34 +91,42 @@ class Rows {
     for (int64_t i = 0; i < rows; ++i) lengths_.push_back(positions[i] + 1);
   }
 
-  void run(const Layer& layer) {
+  // next: the layer after this one, or null.
+  void run(const Layer& layer, const Layer* next) {
     const int64_t heads = (m_.q_heads + 2 * m_.kv_heads) * m_.d, q = m_.q_heads * m_.d, kv = m_.kv_heads * m_.d;
     const std::vector<Linear> projections{layer.q, layer.k, layer.v};
     const int64_t columns[] = {0, q, q + kv};
-    linear_group({x_, m_.hidden, layer.pre_attention}, projections, {q, kv, kv},
-                 [&](const Worker& worker, size_t i, int64_t first, int64_t count) {
-                   multiply(worker, projections, i, first, count, worker.tile);
+    const std::vector<Linear> pair{layer.gate, layer.up};
+    linear_group({x_, m_.hidden, layer.pre_attention}, projections, {q, kv, kv}, {&layer.o, strips_of(m_.hidden)},
+                 [&](const Worker& worker, size_t i, int64_t first, int64_t count, bool last) {
+                   const bool whole = first + count == projections[i].outputs && i < 2;
+                   const Rest rest = last    ? worker.following
+                                     : whole ? rest_of(projections[i + 1], 0)
+                                             : rest_of(projections[i], first + count);
+                   multiply(worker, projections, i, first, count, rest, worker.tile);
                    store(worker.tile, count, nullptr, qkv_ + columns[i] + first, heads);
                  });
     attend(layer);
-    add_branch({attended_, q, nullptr}, layer.o, layer.post_attention);
-    const std::vector<Linear> pair{layer.gate, layer.up};
-    linear_group({x_, m_.hidden, layer.pre_mlp}, pair, {m_.inner},
-                 [&](const Worker& worker, size_t, int64_t first, int64_t count) {
-                   multiply(worker, pair, 0, first, count, worker.tile);
-                   multiply(worker, pair, 1, first, count, worker.second_tile);
+    add_branch({attended_, q, nullptr}, layer.o, layer.post_attention, {&layer.gate, strips_of(m_.inner)});
+    linear_group({x_, m_.hidden, layer.pre_mlp}, pair, {m_.inner}, {&layer.down, strips_of(m_.hidden)},
+                 [&](const Worker& worker, size_t, int64_t first, int64_t count, bool last) {
+                   multiply(worker, pair, 0, first, count, rest_of(layer.up, first), worker.tile);
+                   const Rest rest = last ? worker.following : rest_of(layer.gate, first + count);
+                   multiply(worker, pair, 1, first, count, rest, worker.second_tile);
                    kernels<SwigluKernels<float>>().forward(worker.tile, worker.second_tile, worker.tile, 0,
                                                            count * 16 * vectors_, m_.gelu);
                    store(worker.tile, count, nullptr, inner_ + first, m_.inner);
                  });
-    add_branch({inner_, m_.inner, nullptr}, layer.down, layer.post_mlp);
+    add_branch({inner_, m_.inner, nullptr}, layer.down, layer.post_mlp,
+               {next == nullptr ? nullptr : &next->q, strips_of(q) + 2 * strips_of(kv)});
   }
 
  private:
-  // Calls strip(worker, i, first, count) for all strips of `outputs`; adapters' products with the input come first.
+  // Calls strip(worker, i, first, count, last) for all strips of `outputs`, as for_strips() does; adapters' products with
+  // the input come first.
   template <class Strip>
   void linear_group(const Input& input, const std::vector<Linear>& linears, const std::vector<int64_t>& outputs,
-                    const Strip& strip) {
+                    const Phase& following, const Strip& strip) {
     std::vector<int64_t> ranks;
     int64_t rank = 0;
     for (const Linear& linear : linears) {
@@ -111,14 +136,26 @@ class Rows {
     if (rank > 0) {
       for_strips(
           ranks, [&](int64_t) { return prepare(input, {}, rank); },
-          [&](const Worker& worker, size_t i, int64_t first, int64_t count) {
-            const FewRowsTerm term{linears[i].lora_a, linears[i].depth, linears[i].depth, worker.packed[0]};
+          [&](const Worker& worker, size_t i, int64_t first, int64_t count, bool) {
+            const FewRowsTerm term{linears[i].lora_a, linears[i].depth, linears[i].depth, worker.packed[0],
+                                   linears[i].lora_a, linears[i].depth};
             kernels<FewRowsKernels>().multiply(&term, 1, nullptr, first, count, vectors_, worker.tile);
             const int64_t column = std::accumulate(ranks.begin(), ranks.begin() + static_cast<int64_t>(i), int64_t{0});
             store(worker.tile, count, nullptr, shrunk_ + column + first, rank);
           });
     }
-    for_strips(outputs, [&](int64_t) { return prepare(input, ranks, rank); }, strip);
+    const int64_t threads = torch::stable::get_num_threads(), own = (following.strips + threads - 1) / threads;
+    for_strips(
+        outputs,
+        [&](int64_t thread) {
+          Worker worker = prepare(input, ranks, rank);
+          const int64_t row = thread * own * kStrip;  // a group's first layer is its largest: most threads start in it
+          if (following.first != nullptr && row < following.first->outputs) {
+            worker.following = rest_of(*following.first, row);
+          }
+          return worker;
+        },
+        strip);
   }
 
   // Norms and packs the input, and packs what an earlier phase left in shrunk_ for layers of these ranks.
@@ -137,7 +174,7 @@ class Rows {
                                               m_.weight_offset);
       rows = target;
     }
-    Worker worker{scratch, scratch + kTileFloats, {packed}};
+    Worker worker{scratch, scratch + kTileFloats, {packed}, {nullptr, 0}};
     kernel.pack(rows, input.width, rows_, input.width, packed);
     packed += few_rows_packed(rows_, input.width);
     const bf16* shrunk = shrunk_;
@@ -150,12 +187,13 @@ class Rows {
     return worker;
   }
 
+  // tile = outputs [first, first + count) of linears[i].
   void multiply(const Worker& worker, const std::vector<Linear>& linears, size_t i, int64_t first, int64_t count,
-                float* tile) const {
-    const Linear& linear = linears[i];
-    const FewRowsTerm terms[] = {{linear.weight, linear.depth, linear.depth, worker.packed[0]},
-                                 {linear.lora_b, linear.rank, linear.rank, worker.packed[i + 1]}};
-    kernels<FewRowsKernels>().multiply(terms, linear.rank > 0 ? 2 : 1, linear.bias, first, count, vectors_, tile);
+                const Rest& rest, float* tile) const {
+    const auto& [weight, bias, lora_a, lora_b, outputs, depth, rank] = linears[i];
+    const FewRowsTerm terms[] = {{weight, depth, depth, worker.packed[0], rest.weight, rest.ld},
+                                 {lora_b, rank, rank, rank > 0 ? worker.packed[i + 1] : nullptr, lora_b, rank}};
+    kernels<FewRowsKernels>().multiply(terms, rank > 0 ? 2 : 1, bias, first, count, vectors_, tile);
   }
 
   void store(const float* tile, int64_t count, const bf16* residual, bf16* y, int64_t ldy) const {
@@ -163,13 +201,15 @@ class Rows {
   }
 
   // x += linear(input), or the norm of that.
-  void add_branch(const Input& input, const Linear& linear, const bf16* post_norm) {
+  void add_branch(const Input& input, const Linear& linear, const bf16* post_norm, const Phase& following) {
     const std::vector<Linear> one{linear};
-    linear_group(input, one, {m_.hidden}, [&](const Worker& worker, size_t, int64_t first, int64_t count) {
-      multiply(worker, one, 0, first, count, worker.tile);
-      const bool last = post_norm == nullptr;
-      store(worker.tile, count, last ? x_ + first : nullptr, (last ? x_ : branch_) + first, m_.hidden);
-    });
+    const bool adds = post_norm == nullptr;
+    linear_group(input, one, {m_.hidden}, following,
+                 [&](const Worker& worker, size_t, int64_t first, int64_t count, bool last) {
+                   multiply(worker, one, 0, first, count, last ? worker.following : rest_of(linear, first + count),
+                            worker.tile);
+                   store(worker.tile, count, adds ? x_ + first : nullptr, (adds ? x_ : branch_) + first, m_.hidden);
+                 });
     if (post_norm == nullptr) return;
     each_row([&](int64_t row) {
       bf16* branch = branch_ + row * m_.hidden;
@@ -330,7 +370,9 @@ Tensor decode_layers(const Tensor& x_any, const Tensor& positions_any, const std
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = sequences * part / parts, count = sequences * (part + 1) / parts - first;
     Rows rows(model, mutable_data<bf16>(y) + first * model.hidden, count, first, position + first);
-    for (const Layer& layer : model.layers) rows.run(layer);
+    for (size_t i = 0; i < model.layers.size(); ++i) {
+      rows.run(model.layers[i], i + 1 < model.layers.size() ? &model.layers[i + 1] : nullptr);
+    }
   }
   return y;
 }

@@ -15,6 +15,8 @@ struct FewRowsTerm {
   int64_t ld;
   int64_t depth;
   const uint32_t* packed;
+  const bf16* next = nullptr;  // rows of weights that are read after these, fetched in time; row stride next_ld
+  int64_t next_ld = 0;
 };
 
 // Vectors of 16 lanes that hold this many rows; lanes beyond them are zero.

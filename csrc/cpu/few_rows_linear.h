@@ -13,7 +13,8 @@ namespace forge {
 constexpr int64_t kTileFloats = kStrip * kFewRows;
 
 // Splits projections with these numbers of outputs into strips of kStrip and these evenly among the threads. Each thread
-// calls state = prepare(its number) once and then strip(state, projection, first, count) for its strips.
+// calls state = prepare(its number) once and then strip(state, projection, first, count, last) for its strips; last: the
+// thread has no more.
 template <class Prepare, class Strip>
 void for_strips(const std::vector<int64_t>& outputs, const Prepare& prepare, const Strip& strip) {
   int64_t strips = 0;
@@ -27,7 +28,7 @@ void for_strips(const std::vector<int64_t>& outputs, const Prepare& prepare, con
       const int64_t own = (outputs[i] + kStrip - 1) / kStrip;
       for (int64_t s = std::max(begin, before); s < std::min(end, before + own); ++s) {
         const int64_t first = (s - before) * kStrip;
-        strip(state, i, first, std::min(kStrip, outputs[i] - first));
+        strip(state, i, first, std::min(kStrip, outputs[i] - first), s + 1 == end);
       }
       before += own;
     }
@@ -74,11 +75,12 @@ inline void few_rows_linear(const std::vector<FewRowsSum>& sums, double scale = 
         }
         return state;
       },
-      [&](const State& state, size_t i, int64_t first, int64_t count) {
+      [&](const State& state, size_t i, int64_t first, int64_t count, bool) {
         std::vector<FewRowsTerm> terms = state.terms;
         for (size_t t = 0; t < terms.size(); ++t) {
           terms[t].weight = data<bf16>(sums[i].products[t].weight);
-          terms[t].ld = sums[i].products[t].weight.stride(0);
+          terms[t].ld = terms[t].next_ld = sums[i].products[t].weight.stride(0);
+          terms[t].next = terms[t].weight + (first + count) * terms[t].ld;
         }
         kernel.multiply(terms.data(), static_cast<int64_t>(terms.size()), sums[i].bias, first, count, vectors,
                         state.tile);

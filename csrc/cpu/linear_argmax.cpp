@@ -40,8 +40,11 @@ void argmax_of_few(const bf16* hidden, int64_t rows, const Tensor& lm_head, int6
         return State{tile, &found[static_cast<size_t>(thread)],
                      {data<bf16>(lm_head), lm_head.stride(0), depth, packed}};
       },
-      [&](const State& state, size_t, int64_t first, int64_t count) {
-        kernel.multiply(&state.term, 1, nullptr, first, count, vectors, state.tile);
+      [&](const State& state, size_t, int64_t first, int64_t count, bool) {
+        FewRowsTerm term = state.term;
+        term.next = term.weight + (first + count) * term.ld;
+        term.next_ld = term.ld;
+        kernel.multiply(&term, 1, nullptr, first, count, vectors, state.tile);
         kernel.largest(state.tile, first, count, vectors, state.best->value, state.best->index);
       });
   for (int64_t row = 0; row < rows; ++row) {
