@@ -47,9 +47,7 @@ def _register(sequences: int) -> None:
         keys, values = ([torch.randn(shape).bfloat16() for _ in range(LAYERS)] for _ in range(2))
 
         def step(backend: str) -> Tensor:
-            return decode_layers(
-                x, positions, [(angles.cos(), angles.sin())], keys, values, stack, backend=backend
-            )
+            return decode_layers(x, positions, [(angles.cos(), angles.sin())], keys, values, stack, backend=backend)
 
         return {"forge": lambda: step("auto"), "eager": lambda: step("reference")}
 
