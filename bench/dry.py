@@ -10,8 +10,8 @@ from bench.registry import Missing, Workload, reason
 def listing(workloads: list[Workload]) -> str:
     """Workloads with their candidates, each found or missing with the reason.
 
-    The inputs are fake tensors, which have shapes and no memory: 8192 x 128256 logits cost nothing to list. Whole models
-    are loaded as they are.
+    The inputs are fake tensors, which have shapes and no memory: 8192 x 128256 logits cost nothing to list. Whole
+    models are loaded as they are.
     """
     lines = []
     for workload in workloads:

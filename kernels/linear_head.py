@@ -118,10 +118,8 @@ def register_loss(name: str, fake: Callable[..., Any], *, gpu: str | None = None
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    if gradient.device.type == "cpu" and gradient.dtype in (torch.float32, torch.bfloat16):
-        return torch.ops.forge.scaled(gradient, factor)
     if gradient.dtype == dtype:
-        return gradient * factor
+        return torch.ops.forge.scaled(gradient, factor) if gradient.device.type == "cpu" else gradient * factor
     # One pass and one rounding: `(gradient * factor).to(dtype)` would write a float32 copy of the head first.
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
