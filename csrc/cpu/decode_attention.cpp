@@ -96,7 +96,7 @@ Tensor decode_attention(const Tensor& q_any, const Tensor& keys, const Tensor& v
   }
   const DecodeShape shape{q.size(1), keys.size(1), keys.size(2), q.size(2), window, static_cast<float>(scale),
                           static_cast<float>(softcap)};
-  const Tensor out = torch::stable::empty_like(q);
+  const Tensor out = new_tensor_like(q);
   const std::vector<int64_t> bounds = balanced_tasks(shape, length, q.size(0));
   dispatch_float_bf16(q, "q", [&]<class T>() {
     run_balanced(bounds, [&](int64_t begin, int64_t end) {

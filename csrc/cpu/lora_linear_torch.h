@@ -34,7 +34,7 @@ inline Tensor shrink(const Tensor& x, const Tensor& a, const std::vector<int64_t
     addmm_(s, x, transposed(a), 0.0, scaling[0]);
     return s;
   }
-  Tensor dropped = dropout.active ? torch::stable::empty_like(x) : x;
+  Tensor dropped = dropout.active ? new_tensor_like(x) : x;
   int64_t start = 0;
   for (size_t i = 0; i < ranks.size(); ++i) {
     if (dropout.active) dropout.apply(x, dropped, static_cast<int64_t>(i), false);
@@ -51,7 +51,7 @@ inline Tensors shrink_backward(const Tensor& ds, const Tensor& x, const std::vec
   if (!dropout.active && all_equal(wide)) {
     return slices(transposed_product(ds, x, 1.0, wide[0] ? ScalarType::Float : dtype), ranks);
   }
-  Tensor dropped = dropout.active ? torch::stable::empty_like(x) : x;
+  Tensor dropped = dropout.active ? new_tensor_like(x) : x;
   Tensors das;
   int64_t start = 0;
   for (size_t i = 0; i < ranks.size(); ++i) {
@@ -111,7 +111,7 @@ inline std::tuple<Tensor, Tensor, Tensors> matmul_backward(const Tensors& dys, c
   if (!dropout.active) {
     mm_out(dx, ds, a);
   } else {
-    Tensor part = dys.size() > 1 ? torch::stable::empty_like(dx) : dx;
+    Tensor part = dys.size() > 1 ? new_tensor_like(dx) : dx;
     start = 0;
     for (size_t i = 0; i < dys.size(); ++i) {
       const int64_t rank = lora_b[i].size(1);

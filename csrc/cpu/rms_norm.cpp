@@ -85,7 +85,7 @@ constexpr int64_t kRowsPerPartial = 64;
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps, double weight_offset) {
   const Tensor x = as_contiguous(x_any), weight = as_contiguous(weight_any);
   const int64_t d = weight.numel(), rows = d == 0 ? 0 : x.numel() / d;
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_tensor_like(x);
   Tensor rstd = new_tensor({rows}, ScalarType::Float);
   dispatch_float_bf16(x, "x", [&]<class T>() {
     torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const Tensor&
   const Tensor dy = as_contiguous(dy_any), x = as_contiguous(x_any), weight = as_contiguous(weight_any);
   const int64_t d = weight.numel(), rows = rstd.numel();
   const int64_t partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = new_tensor_like(x);
   Tensor dweight_partial = new_tensor({need_dweight ? partials : 0, d}, ScalarType::Float);
   dispatch_float_bf16(x, "x", [&]<class T>() {
     torch::stable::parallel_for(0, partials, 1, [&](int64_t begin, int64_t end) {

@@ -45,7 +45,7 @@ Tensor rotated(const Tensor& x_any, const char* name, const Tensor& cos, const T
   FORGE_CHECK(x_any.dim() == 3 && x_any.size(0) == tokens && x_any.size(2) == 2 * half, name,
               "a tensor of another shape", "[tokens, heads, d] with cos and sin of [tokens, d / 2]");
   const Tensor x = as_contiguous(x_any);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_tensor_like(x);
   const int64_t heads = x.size(1);
   dispatch_float_bf16(x, name, [&]<class T>() {
     torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {

@@ -88,7 +88,7 @@ Tensor swiglu(const Tensor& gate_any, const Tensor& up_any, const std::string& a
   check_alike(up_any, gate_any, "up");
   const Tensor gate = as_contiguous(gate_any), up = as_contiguous(up_any);
   const bool gelu = is_gelu(activation);
-  Tensor y = torch::stable::empty_like(gate);
+  Tensor y = new_tensor_like(gate);
   dispatch_float_bf16(gate, "gate", [&]<class T>() {
     torch::stable::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
       kernels<SwigluKernels<T>>().forward(data<T>(gate), data<T>(up), mutable_data<T>(y), begin, end, gelu);
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy_any, const Tensor& g
   check_alike(dy_any, gate_any, "dy");
   const Tensor dy = as_contiguous(dy_any), gate = as_contiguous(gate_any), up = as_contiguous(up_any);
   const bool gelu = is_gelu(activation);
-  Tensor dgate = torch::stable::empty_like(gate), dup = torch::stable::empty_like(gate);
+  Tensor dgate = new_tensor_like(gate), dup = new_tensor_like(gate);
   dispatch_float_bf16(gate, "gate", [&]<class T>() {
     torch::stable::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
       kernels<SwigluKernels<T>>().backward(data<T>(dy), data<T>(gate), data<T>(up), mutable_data<T>(dgate),

@@ -43,16 +43,16 @@ inline size_t element_size(ScalarType dtype) {
   }
 }
 
-// Contiguous, not initialised, at most four dimensions.
+// Contiguous, not initialised.
 inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
   size_t bytes = element_size(dtype);
   for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
-  if (bytes < kSmallestBlock) return torch::stable::empty(shape, dtype);
-
   std::array<int64_t, 4> strides{};
+  if (bytes < kSmallestBlock || shape.size() > strides.size()) return torch::stable::empty(shape, dtype);
+
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
-    strides.at(i) = stride;
+    strides[i] = stride;
     stride *= shape[i];
   }
   return torch::stable::from_blob(allocate_block(bytes), shape, {strides.data(), shape.size()},
