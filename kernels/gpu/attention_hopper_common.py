@@ -28,19 +28,20 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def nth_item(i, items):
+def nth_item(i, programs):
     """The i-th item of this program: items come longest first, so every other round runs backwards."""
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
+    place = i * programs + gl.program_id(0)
     if i % 2 == 1:
-        place = programs - 1 - place
-    return i * programs + place
+        place = (i + 1) * programs - (gl.program_id(0) + 1)
+    return place
 
 
 @gluon.jit
 def load_item(tiles, item, items, KV_HEADS: gl.constexpr):
     """Row of the tile list of an item (tile, head): nothing is computed with it here, so that nobody waits for it."""
-    tile = tiles + gl.minimum(item, items - 1) // KV_HEADS * 8
+    if item >= items:  # past the end, to be fetched and not used
+        item = 0
+    tile = tiles + item // KV_HEADS * 8
     return (
         gl.load(tile + 1), gl.load(tile + 2), gl.load(tile + 3), gl.load(tile + 4), gl.load(tile + 5),
         gl.load(tile + 6),
@@ -103,7 +104,7 @@ def clear_rows(tile, rows, ROWS: gl.constexpr, WIDTH: gl.constexpr):
 
     Both warpgroups do it, with the same result: neither has to wait for the other.
     """
-    PART: gl.constexpr = min(ROWS, 8192 // WIDTH)  # 32 registers
+    PART: gl.constexpr = min(ROWS, 32)  # few registers
     LAYOUT: gl.constexpr = row_layout(PART, WIDTH)
     row = gl.arange(0, PART, gl.SliceLayout(1, LAYOUT))
     for start in gl.static_range(0, ROWS, PART):

@@ -70,11 +70,11 @@ def _produce(
     WIDTH: gl.constexpr = q.block_type.shape[2]
     Q_BYTES: gl.constexpr = TOKENS * q.block_type.shape[1] * WIDTH * 2
     slot, phase, q_slot, q_phase = 0, 0, 0, 0
-    row = load_item(tiles, nth_item(0, items), items, KV_HEADS)
+    row = load_item(tiles, nth_item(0, gl.num_programs(0)), items, KV_HEADS)
     for i in range(gl.cdiv(items, gl.num_programs(0))):
-        item = nth_item(i, items)
+        item = nth_item(i, gl.num_programs(0))
         row_start, _row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK_N)
-        row = load_item(tiles, nth_item(i + 1, items), items, KV_HEADS)
+        row = load_item(tiles, nth_item(i + 1, gl.num_programs(0)), items, KV_HEADS)
         head = item % KV_HEADS
         if (item < items) & (col_start < col_end):
             for w in gl.static_range(2):
@@ -185,11 +185,11 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
 
     slot, phase, q_slot, q_phase, my_turn = 0, 0, 0, 0, 1 - W
-    row = load_item(tiles, nth_item(0, items), items, KV_HEADS)
+    row = load_item(tiles, nth_item(0, gl.num_programs(0)), items, KV_HEADS)
     for i in range(gl.cdiv(items, gl.num_programs(0))):
-        item = nth_item(i, items)
+        item = nth_item(i, gl.num_programs(0))
         row_start, row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK_N)
-        row = load_item(tiles, nth_item(i + 1, items), items, KV_HEADS)
+        row = load_item(tiles, nth_item(i + 1, gl.num_programs(0)), items, KV_HEADS)
         row_start += W * TOKENS
         query = row_start + gl.arange(0, ROWS, ROW) // PADDED
         acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)

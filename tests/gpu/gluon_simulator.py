@@ -81,6 +81,10 @@ class Shared:
     def __init__(self, data: np.ndarray, slots: Slots, dtype: Any, slot: int = 0) -> None:
         self.data, self.slots, self.dtype, self.slot = data, slots, dtype, slot
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
     def _view(self, data: np.ndarray) -> "Shared":
         assert np.shares_memory(data, self.data)
         return Shared(data, self.slots, self.dtype, self.slot)
@@ -270,7 +274,7 @@ class Machine:
         assert not target.slots.wrote(target.slot), "a load overwrites what was written without a fence"
         target.data[...] = np.nan
         target.slots.arriving[target.slot] += 1
-        barrier.bytes -= target.data.size * 2
+        barrier.bytes -= target.data.size * source.dtype.itemsize
         barrier.copies.append((source, list(at), target))
         self.scheduler.step()
 

@@ -21,6 +21,7 @@ if not library.TRITON_INSTALLED:
 
 from forge_core.kernels.gpu import attention_hopper_common as common
 from forge_core.kernels.gpu import packed_attention_hopper as hopper
+from forge_core.kernels.gpu import packed_attention_hopper_backward as backward
 
 BOUNDS = [0, 37, 37, 38, 111, 126]
 TOKENS, D = 133, 16  # a tail of 7 rows
@@ -114,6 +115,78 @@ def test_lse_is_what_the_backward_pass_reads() -> None:
     assert (actual[:, BOUNDS[-1] :] == 0).all()
 
 
+def _gradients(
+    heads: tuple[int, int], causal: bool, window: int, *, programs: int = 2, stages: int = 2, seed: int = 0
+) -> None:
+    """dK and dV against autograd through the reference; lse, out and delta as the kernels before leave them."""
+    q, k, v = (x.detach().requires_grad_() for x in _inputs(*heads))
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    double = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = reference.packed_attention(*double, cu_seqlens, causal, window or None, None, D**-0.5)
+    dout = torch.randn(TOKENS, heads[0], D).bfloat16()
+    expected = torch.autograd.grad(out, double[1:], dout.double())
+    group, kv_heads = heads[0] // heads[1], heads[1]
+    delta = (dout.double() * out.detach()).sum(-1).view(TOKENS, kv_heads, group).transpose(0, 1).float()
+    dout[BOUNDS[-1] :] = torch.nan
+    _, lse = _run(q.detach(), k.detach(), v.detach(), causal, window)
+
+    cols = BLOCK_N // group
+    lists = plan_lists(PackPlan(cu_seqlens.numpy()), TOKENS, ((4, 4), (ROWS, cols // 2)), causal, window or None)
+    tiles = torch.from_numpy(lists[1])
+    dk, dv = (torch.full(x.shape, float("nan"), dtype=x.dtype) for x in (k, v))
+    queries = [
+        simulator.Descriptor(x, block)
+        for part in (1, 2)
+        for x, block in (
+            (q.detach(), [cols // part, group, D]), (dout, [cols // part, group, D]),
+            (lse.reshape(-1), [BLOCK_N // part]), (delta.reshape(-1), [BLOCK_N // part]),
+        )
+    ]  # fmt: skip
+    items = tiles.shape[0] * kv_heads
+    simulator.run(
+        backward, backward.hopper_dkdv_kernel, programs, *queries,
+        *(simulator.Descriptor(x.detach(), [ROWS // 2, 1, D]) for x in (k, v)), simulator.Pointer(dk),
+        simulator.Pointer(dv), simulator.Pointer(tiles), D**-0.5 * math.log2(math.e), D**-0.5, TOKENS, items, programs,
+        -(-items // programs), seed=seed, GROUP=group, KV_HEADS=kv_heads, D=D, COLS=cols, EDGE=cols // 2,
+        STAGES=stages, CAUSAL=causal, WINDOW=window, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
+    )  # fmt: skip
+    for actual, wanted in zip((dk, dv), expected, strict=True):
+        # P and dS are rounded to bfloat16 before they meet dout and q.
+        torch.testing.assert_close(actual.double(), wanted, atol=0.06, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("heads", "causal", "window"),
+    [((4, 2), True, 0), ((4, 1), False, 0), ((2, 2), True, 9), ((2, 1), False, 20), ((8, 1), True, 1)],
+)
+def test_gradients_of_keys_and_values(heads: tuple[int, int], causal: bool, window: int) -> None:
+    for seed in range(3):
+        _gradients(heads, causal, window, programs=(2, 1, 5)[seed], stages=1 + seed, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        ("_consume", "mbarrier.wait(kv_ready.index(W), kv_phase)"),
+        ("_consume", "mbarrier.wait(q_ready.index(slot), phase)"),
+        ("_consume", "mbarrier.wait(o_ready.index(slot), phase)"),
+        ("_consume", "mbarrier.arrive(kv_free.index(W))"),
+        ("_consume", "mbarrier.arrive(q_free.index(slot))"),
+        ("_add_inner", "mbarrier.wait(o_ready.index(slot), phase)"),
+        ("_add_inner", "mbarrier.arrive(o_free.index(slot))"),
+        ("_add_inner", "dk, ds_operand = warpgroup_mma_wait(0, deps=(dk, ds_operand))"),
+        ("_add_edge", "clear_rows(q_tile, (limit - query) * GROUP, ROWS, WIDTH)"),
+        ("_add_edge", "clear_rows(o_tile, (limit - query) * GROUP, ROWS, WIDTH)"),
+        ("_fetch", "mbarrier.wait(free, phase ^ 1)"),
+    ],
+)
+def test_a_missing_step_of_the_backward_pass_is_seen(function: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _take_out(function, line, monkeypatch, backward)
+    with pytest.raises((AssertionError, AttributeError, TypeError)):
+        for seed in range(8):
+            _gradients((2, 1), True, 0, programs=1, stages=1 + seed % 2, seed=seed)
+
+
 @pytest.mark.parametrize(
     ("function", "line"),
     [
@@ -144,9 +217,9 @@ def test_a_missing_step_is_seen(function: str, line: str, monkeypatch: pytest.Mo
             _check(q, k, v, out, True, 0, 0.0)
 
 
-def _take_out(name: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _take_out(name: str, line: str, monkeypatch: pytest.MonkeyPatch, kernel: types.ModuleType = hopper) -> None:
     """Replaces a function of the kernel by one without a line, wherever it stands."""
-    original = getattr(hopper, name, None) or getattr(common, name)
+    original = getattr(kernel, name, None) or getattr(common, name)
     module = sys.modules[original.fn.__module__]
     source = textwrap.dedent(inspect.getsource(original.fn))
     assert line in source
@@ -155,6 +228,6 @@ def _take_out(name: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tree.body[0].decorator_list = []
     scope = dict(vars(module))
     exec(compile(tree, str(module.__file__), "exec"), scope)
-    for place in (hopper, common):
+    for place in (kernel, common):
         if hasattr(place, name):
             monkeypatch.setattr(place, name, types.SimpleNamespace(fn=scope[name]))
