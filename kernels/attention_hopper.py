@@ -1,22 +1,25 @@
-"""packed_attention by the Gluon kernel for Hopper, and the choice between it and Triton's by measurement.
+"""packed_attention by the Gluon kernels for Hopper, and the choice between them and Triton's by measurement.
 
-The forward pass is Gluon's, the backward pass Triton's: they agree on what lies between them, `lse` in base 2.
+Forward pass, dK and dV are Gluon's; dQ, and what the dK/dV kernel does not take, Triton's: they agree on what lies
+between them, `lse` in base 2 and delta.
 """
 
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import library
-from .gpu.attention_tiles import HOPPER_ROWS, hopper_tile_sizes, padded_group, tile_lists
+from .gpu.attention_tiles import HOPPER_ROWS, hopper_backward_takes, hopper_tile_sizes, padded_group, tile_lists
 from .library import register_op
 from .pack import PackPlan
 
-NAMES = {"gluon": False, "gluon_pingpong": True}  # backend -> whether its two warpgroups take turns
+# backend -> whether the two warpgroups of the forward kernel take turns, and whether dK and dV are Gluon's.
+NAMES = {"gluon": (False, True), "gluon_pingpong": (True, True), "gluon_forward": (False, False)}
 
 
 def reasons(
@@ -63,7 +66,7 @@ def _language_reasons() -> list[str]:
 
 
 def run(
-    pingpong: bool,
+    ways: tuple[bool, bool],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,13 +81,18 @@ def run(
     """Attention by the Gluon kernel; see `reasons`."""
     if scale < 0:  # the kernel takes the largest logit from the largest product
         q, scale = -q, -scale
-    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k))
+    pingpong, backward = ways
+    backward = backward and hopper_backward_takes(q, k, softcap)
+    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k, backward))
     op = torch.ops.forge_triton.packed_attention_hopper
-    return op(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale, pingpong)[0]
+    return op(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale, pingpong, backward)[0]
 
 
-def fastest(ways: dict[str, partial[Tensor]], inputs: tuple) -> str:
+def fastest(ways: dict[str, Callable[..., Tensor]], inputs: tuple) -> str:
     """The backend that "auto" takes: of those in `ways`, "triton" unless another one was measured to be faster here.
+
+    Forward and backward are timed together, also where no gradient is wanted: a recomputed forward pass must be the
+    first one again. All results are compared.
 
     A choice holds for a class of sizes: heads, head dimension, options, and tokens and mean length of the documents up
     to powers of two. The first call of a class measures (kernels/gpu/tuning.py); a compiled graph does not, it takes
@@ -95,16 +103,24 @@ def fastest(ways: dict[str, partial[Tensor]], inputs: tuple) -> str:
     bits = (tokens.bit_length(), (tokens // documents).bit_length(), (window or 0).bit_length())
     heads = f"{q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
     options = f"{'causal' if causal else 'both'}{' window' if window else ''}{' softcap' if softcap else ''}"
-    key = f"packed_attention forward {heads} {options} {q.dtype} sizes {bits}"
+    key = f"packed_attention {heads} {options} {q.dtype} sizes {bits}"
     if torch.compiler.is_compiling():
         return _remembered(key, tuple(ways))
     from .gpu import tuning
 
-    def quietly(way: partial[Tensor]) -> Tensor:
-        with torch.no_grad():
-            return way(*inputs)
+    scales: list[Tensor] = []  # of the first way's results, so that each counts alike in a comparison
 
-    return tuning.choose(key, {name: partial(quietly, way) for name, way in ways.items()}, "triton")
+    def results(way: Callable[..., Tensor]) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            return way(*inputs)
+        tensors = [x.detach().requires_grad_() for x in inputs[:3]]
+        with torch.enable_grad():
+            out = way(*tensors, *inputs[3:])
+            parts = [out.detach(), *torch.autograd.grad(out, tensors, out.detach())]
+        scales.extend(x.abs().amax().clamp(min=1e-30) for x in parts[len(scales) :])
+        return torch.cat([(x / scale).flatten() for x, scale in zip(parts, scales, strict=True)])
+
+    return tuning.choose(key, {name: partial(results, way) for name, way in ways.items()}, "triton")
 
 
 @torch.compiler.assume_constant_result
@@ -120,19 +136,33 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, _, dq_tiles, dkdv_tiles, *options, _ = inputs
-    ctx.options = options
+    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, ctx.by_gluon = inputs
     ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
-    gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None, None, None, None, None
+    if ctx.by_gluon:
+        causal, window, _softcap, scale = ctx.options
+        gradients = ops.packed_attention_hopper_backward(dout, *ctx.saved_tensors, causal, window, scale)
+    else:
+        gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None, None, None, None, None, None
 
+
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_TILES = "Tensor dq_tiles, Tensor dkdv_tiles, bool causal, int window"
 
 register_op(
     "packed_attention_hopper", _fake, _backward, _setup_context, gpu="packed_attention_hopper",
-    schema="(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, Tensor dq_tiles, Tensor dkdv_tiles, bool causal, "
-    "int window, float softcap, float scale, bool pingpong) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, {_TILES}, float softcap, float scale, "
+    "bool pingpong, bool gluon_backward) -> (Tensor, Tensor)",
+)  # fmt: skip
+register_op(
+    "packed_attention_hopper_backward", _fake_backward, gpu="packed_attention_hopper_backward",
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_TILES}, float scale) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip

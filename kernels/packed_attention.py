@@ -50,7 +50,7 @@ def packed_attention(
         backend: "auto" tries "cpp" (CPU), "triton", the packages "flash_attn_3", "flash_attn_2", "flash_attn_4" and
             "varlen_attn" (torch's), where they are installed and a plan is given, then "reference". The order is by
             what they take and repeat bit for bit, not by speed, which has not been measured yet. On a Hopper GPU the
-            first call of a size measures "triton" against "gluon" and "gluon_pingpong" and remembers the faster one.
+            first call of a size measures "triton" against "gluon", "gluon_pingpong" and "gluon_forward", and remembers.
 
     Returns:
         [tokens, q_heads, d], dtype of q.
@@ -166,8 +166,8 @@ def _run_reference(
 
 OP.register("cpp", _run_cpp, _cpp_reasons)
 OP.register("triton", _run_triton, _triton_reasons)
-for _name, _in_turns in attention_hopper.NAMES.items():
-    OP.register(_name, partial(attention_hopper.run, _in_turns), attention_hopper.reasons)
+for _name, _ways in attention_hopper.NAMES.items():
+    OP.register(_name, partial(attention_hopper.run, _ways), attention_hopper.reasons)
 for _name, _peer in PEERS.items():
     OP.register(_name, _peer.run, _peer.not_supported_reasons)
 OP.register("reference", _run_reference, no_reasons)

@@ -8,7 +8,7 @@ import torch
 
 from bench.peers import attention as peers
 from bench.registry import Candidates, Missing, Slow, Thunk, peer, suite_device, workload
-from forge_core.kernels import PackPlan, packed_attention
+from forge_core.kernels import PackPlan, attention_hopper, packed_attention
 from forge_core.kernels.registry import OPS
 
 
@@ -70,7 +70,7 @@ def candidates(pack: Pack, backward: bool, device: str, varlen: bool) -> Candida
         result["SDPA block mask"] = Slow(masked, 1) if device == "cpu" else masked  # up to 16 s a call
     if varlen:
         # "forge" is whichever of these was measured to be faster on this GPU (kernels/attention_hopper.py).
-        for tier in ("triton", "gluon", "gluon_pingpong"):
+        for tier in ("triton", *attention_hopper.NAMES):
             options = (q, k, v, cu_seqlens, plan, True, None, None, pack.d**-0.5)
             reasons = OPS["packed_attention"].backends[tier].not_supported_reasons(*options)
             call = partial(packed_attention, q, k, v, cu_seqlens, plan=plan, backend=tier)

@@ -122,10 +122,18 @@ def hopper_edge(d: int) -> int:
     return 64 if d <= 128 else 32
 
 
-def hopper_tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
-    """As `tile_sizes`, for a forward pass by the Gluon kernel and a backward pass by Triton's."""
-    rows = HOPPER_ROWS // padded_group(q.shape[1] // k.shape[1])
-    return ((rows, hopper_edge(q.shape[2])), *tile_sizes(q, k)[1:])
+def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None) -> bool:
+    """Whether there is a Gluon kernel for dK and dV: it has registers for no softcap and no larger head dimension."""
+    group = q.shape[1] // k.shape[1]
+    return padded_group(group) == group <= HOPPER_QUERIES // 2 and q.shape[2] <= 128 and not softcap
+
+
+def hopper_tile_sizes(q: Tensor, k: Tensor, backward: bool) -> tuple[tuple[int, int], ...]:
+    """As `tile_sizes`, for a forward pass by the Gluon kernel and, with `backward`, dK and dV too. dQ is Triton's."""
+    group = q.shape[1] // k.shape[1]
+    _, dq, dkdv = tile_sizes(q, k)
+    keys = (HOPPER_KEYS, HOPPER_QUERIES // 2 // group) if backward else dkdv
+    return (HOPPER_ROWS // padded_group(group), hopper_edge(q.shape[2])), dq, keys
 
 
 def architecture(device: torch.device) -> int:

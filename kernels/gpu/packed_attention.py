@@ -22,6 +22,7 @@ first lost to rounding, and delta is the sum of P dP over keys.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ def packed_attention_backward(
     window: int,
     softcap: float,
     scale: float,
+    other_dkdv: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the two backward kernels: dq, dk, dv."""
+    """Launches the two backward kernels: dq, dk, dv. `other_dkdv(dout, q, k, v, lse, delta)` replaces the second."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     q, k, v, out, dout = (_readable(x, q.shape[1] // k.shape[1]) for x in (q, k, v, out, dout))
     tokens, kv_heads, d = k.shape
@@ -96,6 +98,8 @@ def packed_attention_backward(
         **constants, **_sizes(blocks), EDGE_N=blocks.edge_n, TMA=descriptors[0] is not None,
     )  # fmt: skip
 
+    if other_dkdv is not None:
+        return dq, *other_dkdv(dout, q, k, v, lse, delta)
     blocks = configured.dkdv
     descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
     if configured.dkdv_tight and (descriptors[0] is None or softcap or (window and not causal)):
@@ -196,9 +200,9 @@ def workloads() -> list[Workload]:
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
         listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)
     listed += _calls("float32, D 64", 8, 1, 64, True, 0, 0.0, torch.float32, ())
-    from . import packed_attention_hopper
+    from . import packed_attention_hopper, packed_attention_hopper_backward
 
-    return listed + packed_attention_hopper.workloads()
+    return listed + packed_attention_hopper.workloads() + packed_attention_hopper_backward.workloads()
 
 
 def _calls(

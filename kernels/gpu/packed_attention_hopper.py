@@ -340,6 +340,7 @@ def packed_attention_hopper(
     softcap: float,
     scale: float,
     pingpong: bool,
+    gluon_backward: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel: out, lse. `forward_tiles` has tiles of `hopper_tile_sizes`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -385,7 +386,7 @@ def _call(
     tokens, group = 8192, q_heads // kv_heads
     q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
     tiles = meta(16 * math.ceil(512 / (HOPPER_ROWS // padded_group(group))), 8, dtype=torch.int32)
-    options = (causal, window, softcap, d**-0.5, pingpong)
+    options = (causal, window, softcap, d**-0.5, pingpong, True)
     return Workload(
         f"packed_attention: Gluon forward {name}, {q_heads}/{kv_heads} heads",
         lambda: packed_attention_hopper(q, kv, kv, tiles, tiles, tiles, *options),

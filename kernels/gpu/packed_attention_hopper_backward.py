@@ -12,6 +12,8 @@ Floor, D 128, a block: 1024 cycles of tensor cores, 256 of the exponential unit,
 Registers of a thread: 64 each for dK and dV, 32 each for S' and dP', 16 each for P' and dS' in bfloat16.
 """
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -40,8 +42,8 @@ from .attention_hopper_common import (
     visible,
 )
 from .attention_tiles import HOPPER_KEYS, HOPPER_QUERIES, padded_head_dim
-from .packed_attention import _bulk_copies, _factors
-from .workload import multiprocessors
+from .packed_attention import _bulk_copies, _factors, packed_attention_backward
+from .workload import Workload, meta, multiprocessors
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS = 240, 24, 168
 
@@ -305,6 +307,29 @@ def hopper_dkdv_kernel(
     )  # fmt: skip
 
 
+def packed_attention_hopper_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq_tiles: Tensor,
+    dkdv_tiles: Tensor,
+    causal: bool,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches Triton's dQ kernel, which leaves delta, and the kernel above: dq, dk, dv."""
+
+    def by_gluon(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        return dkdv(dout, q, k, v, lse, delta, dkdv_tiles, causal, window, scale)
+
+    return packed_attention_backward(
+        dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, 0.0, scale, by_gluon
+    )
+
+
 STAGES = {64: 4, 128: 3}  # by padded head dimension
 
 
@@ -332,3 +357,27 @@ def dkdv(
         maxnreg=REGISTERS,
     )  # fmt: skip
     return dk, dv
+
+
+def workloads() -> list[Workload]:
+    """dK and dV of the packs of packed_attention.py's workloads; sm_90 only."""
+    listed = []
+    tokens, kernel = 8192, ("hopper_dkdv_kernel",)
+    for name, q_heads, kv_heads, d, causal, window in (
+        ("D 128", 32, 8, 128, True, 0),
+        ("D 64", 32, 8, 64, True, 0),
+        ("D 128, window", 32, 8, 128, True, 512),
+        ("D 96, both directions, window", 32, 32, 96, False, 512),
+    ):
+        q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
+        numbers = meta(kv_heads, tokens * (q_heads // kv_heads), dtype=torch.float32)
+        tiles = meta(16 * 512 // HOPPER_KEYS, 8, dtype=torch.int32)
+        arguments = (q, q, kv, kv, numbers, numbers, tiles, causal, window, d**-0.5)
+        listed.append(
+            Workload(
+                f"packed_attention: Gluon dK/dV {name}, {q_heads}/{kv_heads} heads", partial(dkdv, *arguments),
+                2 * tokens * d * (2 * q_heads + 4 * kv_heads), 8 * d * q_heads * tokens * (470 if causal else 940),
+                kernel, (90,), kernel,
+            )
+        )  # fmt: skip
+    return listed
