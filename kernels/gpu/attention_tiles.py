@@ -123,9 +123,9 @@ def hopper_edge(d: int) -> int:
 
 
 def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None) -> bool:
-    """Whether there is a Gluon kernel for dK and dV: it has registers for no softcap and no larger head dimension."""
+    """Whether there is a Gluon kernel for dK and dV: it has registers for no softcap and no other head dimension."""
     group = q.shape[1] // k.shape[1]
-    return padded_group(group) == group <= HOPPER_QUERIES // 2 and q.shape[2] <= 128 and not softcap
+    return padded_group(group) == group <= HOPPER_QUERIES // 2 and q.shape[2] in (64, 128) and not softcap
 
 
 def hopper_tile_sizes(q: Tensor, k: Tensor, backward: bool) -> tuple[tuple[int, int], ...]:

@@ -367,7 +367,7 @@ def workloads() -> list[Workload]:
         ("D 128", 32, 8, 128, True, 0),
         ("D 64", 32, 8, 64, True, 0),
         ("D 128, window", 32, 8, 128, True, 512),
-        ("D 96, both directions, window", 32, 32, 96, False, 512),
+        ("D 128, both directions, window", 32, 32, 128, False, 512),
     ):
         q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
         numbers = meta(kv_heads, tokens * (q_heads // kv_heads), dtype=torch.float32)
