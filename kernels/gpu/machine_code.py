@@ -22,7 +22,7 @@ _SCALAR_FMA = ("FFMA", "FFMA2", "DFMA", "HFMA2")
 # Operations of TTGIR, and the instructions of which one must be there for them.
 _LOADS = r"tt\.(?:load|descriptor_load|descriptor_gather)|async_copy_global_to_local|async_tma_(?:copy_global|gather)"
 _STORES = r"tt\.(?:store|descriptor_store|descriptor_scatter|atomic_\w+)|async_tma_(?:copy_local|scatter|reduce)"
-_CLASSES = (
+_CLASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("load from global memory", _LOADS, ("LDG", "LDGSTS", "LD", "UTMALDG", "UBLKCP")),
     (
         "store to global memory",
@@ -30,7 +30,7 @@ _CLASSES = (
         ("STG", "ST", "UTMASTG", "UTMAREDG", "RED", "REDG", "ATOM", "ATOMG", "UBLKRED"),
     ),
 )
-_MATMULS = (
+_MATMULS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("wgmma", r"ttng\.warp_group_dot .*", ("HGMMA", "IGMMA", "QGMMA", "BGMMA")),
     ("tcgen05.mma", r"ttng\.tc_gen5_mma\w* .*", ("UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA")),
     ("mma", r"tt\.dot(?:_scaled)? .*-> tensor<[^<>]*#mma\w*>", _MMA),

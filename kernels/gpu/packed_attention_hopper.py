@@ -88,9 +88,9 @@ def _produce(
                 col, _limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE_N)
                 k_slot = part(k_ring.index(slot), k_edge, EDGE_N, WIDTH)
                 v_slot = part(v_ring.index(slot), v_edge, EDGE_N, WIDTH)
-                BYTES: gl.constexpr = EDGE_N * WIDTH * 2
-                fetch(k_edge, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, BYTES)
-                fetch(v_edge, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, BYTES)
+                EDGE_BYTES: gl.constexpr = EDGE_N * WIDTH * 2
+                fetch(k_edge, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, EDGE_BYTES)
+                fetch(v_edge, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, EDGE_BYTES)
                 slot, phase = advance(slot, phase, STAGES)
             for col in range(full_start, full_end, BLOCK_N):
                 BYTES: gl.constexpr = BLOCK_N * WIDTH * 2

@@ -85,17 +85,17 @@ def _produce(
             kv_phase ^= 1
             for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE)):
                 col, _limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE)
-                BYTES: gl.constexpr = EDGE * GROUP * (WIDTH * 2 + 4)
+                EDGE_BYTES: gl.constexpr = EDGE * GROUP * (WIDTH * 2 + 4)
                 at, place = [col, head * GROUP, 0], [(head * tokens + col) * GROUP]
                 _fetch(
                     q_edge, at, lse_edge, place, _rows(q_ring.index(slot), q_edge, EDGE, GROUP, WIDTH),
                     _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP), q_ready.index(slot), q_free.index(slot),
-                    phase, BYTES,
+                    phase, EDGE_BYTES,
                 )  # fmt: skip
                 _fetch(
                     dout_edge, at, delta_edge, place, _rows(o_ring.index(slot), q_edge, EDGE, GROUP, WIDTH),
                     _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), o_ready.index(slot), o_free.index(slot),
-                    phase, BYTES,
+                    phase, EDGE_BYTES,
                 )  # fmt: skip
                 slot, phase = advance(slot, phase, STAGES)
             for col in range(full_start, full_end, COLS):
