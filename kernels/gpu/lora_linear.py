@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_linear_choice import CONFIGS, CONFIGS_MASKED_GROUP, matmul
+from .lora_linear_choice import RANKS, matmul
 from .lora_linear_gemm import Operands
 from .lora_linear_launch import dropout_bits, expand_backward, gather, groups, rounded, shrink
 from .workload import Workload, meta
@@ -171,35 +171,39 @@ def workloads() -> list[Workload]:
             x.numel() + s.numel(),
         )
 
-    def forward(way: str) -> None:
-        a, b = adapters(d, [d], 16)
+    def forward(way: str, rank: int) -> None:
+        a, b = adapters(d, [d], rank)
         lora_matmul(
-            meta(tokens, d), meta(tokens, 16), [meta(d, d)], a, b, [meta(d)], [1.0], 0.0, None, meta(0), way=way
+            meta(tokens, d), meta(tokens, rank), [meta(d, d)], a, b, [meta(d)], [1.0], 0.0, None, meta(0), way=way
         )
 
-    def backward(way: str, outs: list[int], p: float) -> None:
-        a = [meta(16, d) for _ in outs]
-        words = meta(len(outs), tokens, d // 32, dtype=torch.int32) if p else None
+    def backward(way: str, outs: list[int], rank: int, masked: bool) -> None:
+        a = [meta(rank, d) for _ in outs]
+        words = meta(len(outs), tokens, d // 32, dtype=torch.int32) if masked else None
         pairs = [meta(tokens, n) for n in outs], [meta(n, d) for n in outs]
-        matmul(Operands(*pairs, meta(tokens, 16 * len(outs)), a, None, words, 1.0, nt=False), way)
+        matmul(Operands(*pairs, meta(tokens, rank * len(outs)), a, None, words, 1.0, nt=False), way)
 
-    def add_matmuls(way: str, masked_group: bool, **options: Any) -> None:
-        flops, size = 2 * tokens * d * d, 2 * tokens * d + d * d
-        kernels = {90: ("hopper_matmul_kernel",) if way == "gluon" else ("matmul_kernel",)}
-        options["wgmma"] = kernels[90] if 90 in options["architectures"] and way != "cublas" else ()
+    def add_matmuls(way: str, count: int, rank: int, masked: bool, architectures: tuple[int, ...]) -> None:
+        outs = ([d], [ff, ff], qkv)[count - 1]
+        n = sum(outs)
+        size, flops = tokens * (n + d) + n * d, 2 * tokens * n * d
+        kernel = {"gluon": ("hopper_matmul_kernel",), "cublas": ()}.get(way, ("matmul_kernel",))
+        options: dict[str, Any] = {"architectures": architectures, "wgmma": kernel if 90 in architectures else ()}
         options["asynchronous"] = options["wgmma"]
-        if masked_group:
-            n = sum(qkv)
-            name = f"dX {tokens} x {'+'.join(map(str, qkv))} -> {d} r 16 dropout, {way}"
-            add(name, lambda: backward(way, qkv, 0.1), tokens * (n + d) + n * d, 2 * tokens * n * d, **options)
-            return
-        add(f"y {tokens} x {d} -> {d} r 16 bias, {way}", lambda: forward(way), size, flops, **options)
-        add(f"dX {tokens} x {d} -> {d} r 16 dropout, {way}", lambda: backward(way, [d], 0.1), size, flops, **options)
+        if count == 1 and not masked:
+            call = partial(forward, way, rank)
+            add(f"y {tokens} x {d} -> {d} r {rank} bias, {way}", call, size, flops, **options)
+        name = f"dX {tokens} x {'+'.join(map(str, outs))} -> {d} r {rank}{' dropout' if masked else ''}, {way}"
+        add(name, partial(backward, way, outs, rank, masked), size, flops, **options)
 
-    for table, masked_group in ((CONFIGS, False), (CONFIGS_MASKED_GROUP, True)):
-        add_matmuls("cublas", masked_group, architectures=(80, 90, 100))
-        add_matmuls("gluon", masked_group, architectures=(90,))
-        for config in dict.fromkeys(config for configs in table.values() for config in configs):
-            runs_on = tuple(architecture for architecture, configs in table.items() if config in configs)
-            add_matmuls(str(config), masked_group, architectures=runs_on)
+    for count, masked in ((1, False), (1, True), (2, False), (2, True), (3, False), (3, True)):
+        add_matmuls("cublas", count, 64, masked, (80, 90, 100))
+        add_matmuls("gluon", count, 64, masked, (90,))
+        at_rank: dict[tuple[str, int], list[int]] = {}  # a tile's largest rank -> architectures
+        for architecture, table in RANKS.items():
+            for config, most in table.items():
+                if most[masked][count - 1]:
+                    at_rank.setdefault((str(config), most[masked][count - 1]), []).append(architecture)
+        for (way, rank), architectures in at_rank.items():
+            add_matmuls(way, count, rank, masked, tuple(architectures))
     return listed

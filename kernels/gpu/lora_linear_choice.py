@@ -12,16 +12,29 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .lora_linear_gemm import Config, Operands, launch
+from .lora_linear_gemm import Config, Operands, launch, padded_rank
 
-# Compiled ahead of time for the architectures they are listed for (docs/kernels.md): no spills, shared memory fits.
-TMA = [Config(128, 256, 64, 8, 3, tma=True), Config(128, 128, 64, 8, 4, tma=True)]
-POINTERS = [Config(128, 128, 64, 8, 3), Config(128, 256, 32, 8, 3)]
-CONFIGS = {80: POINTERS, 90: TMA, 100: TMA}
-# Masking keeps the product of every projection beside the accumulator: smaller tiles.
-CONFIGS_MASKED_GROUP = {80: POINTERS[:1], 90: TMA[1:], 100: [Config(128, 64, 64, 8, 4, tma=True)]}
+_WIDE, _SQUARE = Config(128, 256, 64, 8, 3, tma=True), Config(128, 128, 64, 8, 4, tma=True)
+_NARROW = Config(128, 64, 64, 8, 4, tma=True)
 
-_BY_NAME = {str(c): c for table in (CONFIGS, CONFIGS_MASKED_GROUP) for configs in table.values() for c in configs}
+# Largest rank that each tile takes, for one, two and three projections: without dropout bits, with them; 0: none.
+# Beyond it registers spill, shared memory does not suffice, or - sm_100 keeps one accumulator per step of the sum -
+# tensor memory does not, which Triton compiles to a trap. At these ranks all of them are compiled ahead of time and
+# checked (docs/kernels.md).
+RANKS: dict[int, dict[Config, tuple[tuple[int, int, int], tuple[int, int, int]]]] = {
+    80: {
+        Config(128, 128, 64, 8, 3): ((256, 128, 64), (256, 128, 16)),
+        Config(128, 256, 32, 8, 3): ((32, 32, 0), (16, 0, 0)),
+    },
+    90: {_WIDE: ((16, 16, 16), (16, 0, 0)), _SQUARE: ((128, 128, 64), (128, 64, 32))},
+    100: {
+        _WIDE: ((128, 0, 0), (128, 0, 0)),
+        _SQUARE: ((256, 128, 0), (256, 0, 0)),
+        _NARROW: ((0, 0, 64), (0, 128, 32)),
+    },
+}
+
+_BY_NAME = {str(config): config for table in RANKS.values() for config in table}
 
 
 def matmul(o: Operands, way: str | None = None) -> Tensor:
@@ -38,8 +51,8 @@ def ways(o: Operands, capability: tuple[int, int]) -> list[str]:
     if o.s.dtype == torch.float32 or 0 in o.shape or not all(t.is_contiguous() and t.numel() for t in tensors):
         return ["cublas"]
     architecture = 80 if capability < (9, 0) else 90 if capability < (10, 0) else 100
-    masked_group = o.words is not None and len(o.xs) > 1
-    configs = (CONFIGS_MASKED_GROUP if masked_group else CONFIGS)[architecture]
+    widest, masked = max(map(padded_rank, o.ranks)), o.words is not None
+    configs = [config for config, most in RANKS[architecture].items() if widest <= most[masked][len(o.xs) - 1]]
     tma = all(_tma_can_read(t) for t in tensors) and o.shape[1] % 8 == 0
     names = [str(config) for config in configs if tma or not config.tma]
     ranks_fit = all(rank % 16 == 0 for rank in o.ranks)

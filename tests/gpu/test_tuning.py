@@ -99,6 +99,11 @@ def test_ways_are_those_that_the_gpu_and_the_shapes_allow() -> None:
     assert names((9, 0), k=60) == ["cublas"]  # rows that TMA cannot address
     words = torch.zeros(2, 32, 2, dtype=torch.int32)
     assert names((9, 0), group=2, words=words) == ["cublas", "triton 128x128x64 w8 s4 tma", "gluon"]
+    assert names((9, 0), rank=32) == ["cublas", "triton 128x128x64 w8 s4 tma", "gluon"]
+    # On sm_100 a group's accumulators must fit tensor memory together: what does not is compiled to a trap.
+    assert names((10, 0), group=2) == ["cublas", "triton 128x128x64 w8 s4 tma"]
+    assert names((10, 0), group=3) == ["cublas", "triton 128x64x64 w8 s4 tma"]
+    assert names((10, 0), group=3, rank=128) == ["cublas"]
     assert names((9, 0), ws=[torch.zeros(64, 128).bfloat16().t()]) == ["cublas"]
     wide = _operands()
     wide = Operands(wide.xs, wide.ws, wide.s.float(), wide.bs, None, None, 1.0, False)
