@@ -41,16 +41,16 @@ def forge(raw: dict[str, Any], pack: Pack, device: str) -> Thunk:
     """The step as forge_core's trainer makes it."""
     bounds = np.array([0, *np.cumsum(pack.lengths())], np.int32)
     input_ids, targets, weights = _inputs(raw["vocab_size"], pack, device)
-    cu_seqlens, counted_rows = torch.tensor(bounds, device=device), int((weights != 0).sum())
+    cu_seqlens = torch.tensor(bounds, device=device)
 
     @cache
-    def built() -> tuple[CausalLM, MasterAdamW]:
+    def built() -> tuple[CausalLM, MasterAdamW, int]:
         model = CausalLM(ModelConfig.from_dict(raw), dtype=torch.bfloat16, device=device)
         add_lora(model, LoraConfig(rank=RANK, alpha=ALPHA))
-        return model.train(), MasterAdamW(adapter_parameters(model))
+        return model.train(), MasterAdamW(adapter_parameters(model)), int((weights != 0).sum())
 
     def step() -> None:
-        model, optimizer = built()
+        model, optimizer, counted_rows = built()
         hidden = model(input_ids, cu_seqlens, plan=PackPlan(bounds))
         loss = weighted_linear_cross_entropy(
             hidden, model.lm_head_weight, targets, weights, counted_rows=counted_rows
