@@ -33,6 +33,11 @@ STABLE_TORCH_LIBRARY(forge, m) {
       " float softcap, float z_loss, float label_smoothing, bool need_dhidden, bool need_dhead)"
       " -> (Tensor loss, Tensor weighted_nll, Tensor weight_sum, Tensor token_count, Tensor correct, Tensor dhidden,"
       " Tensor dhead)");
+  // A step of weighted_linear_cross_entropy on a GPU; the implementation on the CPU is for tests.
+  m.def(
+      "cross_entropy_rows(Tensor(a!) logits, Tensor(a!)? dlogits, Tensor rows, Tensor count, Tensor targets,"
+      " Tensor? token_weights, Tensor? source_ids, Tensor inverse, Tensor(b!) sums, int first, int cluster,"
+      " float softcap, float z_loss, float label_smoothing) -> ()");
   m.def(
       "linear_token_logprobs(Tensor hidden, Tensor lm_head, Tensor targets, float temperature, float softcap,"
       " int ignore_index, SymInt? counted_rows) -> (Tensor logprob, Tensor entropy, Tensor softmax)");

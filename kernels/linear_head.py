@@ -1,6 +1,6 @@
 """What the losses over a linear head share: argument checks, shapes for the fakes, a rule of the backward.
 
-Their Triton twins keep dhead in float32, the sum over chunks; the backward rounds it.
+On GPUs they keep dhead in float32, the sum over chunks; the backward rounds it.
 """
 
 import math
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from . import reference
 from .library import register_op
-from .registry import triton_reasons
+from .registry import cuda_reasons, triton_reasons
+
+MAX_CLUSTER = 8  # blocks that every GPU with clusters runs together
+BLOCK_BYTES = 64 * 1024  # of a row in a block, where MAX_CLUSTER blocks are enough
+SHARED_BESIDE_ROW = (
+    16 * 1024
+)  # of a block, for its inbox and the sums of 256 sources: see csrc/cuda/cross_entropy_rows.cu
 
 
 def check_linear_head(hidden: Tensor, lm_head: Tensor, targets: Tensor, softcap: float | None) -> int:
@@ -62,6 +68,37 @@ def head_triton_reasons(*tensors: Tensor) -> list[str]:
     if any(tensor.dtype == torch.float16 for tensor in tensors):
         reasons.append("takes float32 and bfloat16, got torch.float16: a token's gradient would underflow")
     return reasons
+
+
+def head_cuda_reasons(hidden: Tensor, lm_head: Tensor) -> list[str]:
+    """What keeps the CUDA row kernel, and the Triton kernels around it, from taking the tensors."""
+    reasons = [*cuda_reasons(hidden, lm_head), *head_triton_reasons(hidden, lm_head)]
+    if hidden.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(hidden.device)
+        if capability < (9, 0):
+            reasons.append(f"needs clusters of thread blocks: compute capability 9.0 or later, got {capability}")
+        properties = torch.cuda.get_device_properties(hidden.device)
+        # The attribute is missing from torch's type stubs.
+        shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024) - SHARED_BESIDE_ROW
+        vocab = lm_head.shape[0]
+        if block_bytes(vocab, cluster_blocks(vocab)) > shared:
+            reasons.append(
+                f"keeps a row in the shared memory of {MAX_CLUSTER} blocks of {shared} bytes, got vocab {vocab}"
+            )
+    return list(dict.fromkeys(reasons))
+
+
+def cluster_blocks(vocab: int) -> int:
+    """Thread blocks that share a row of float32 logits: so many that two blocks fit a multiprocessor, at most 8."""
+    blocks = 1
+    while blocks < MAX_CLUSTER and block_bytes(vocab, blocks) > BLOCK_BYTES:
+        blocks *= 2
+    return blocks
+
+
+def block_bytes(vocab: int, blocks: int) -> int:
+    """Of a row's logits in each of `blocks`."""
+    return 16 * -(-vocab // (4 * blocks))
 
 
 def normalizer_tensor(normalizer: Tensor | float | None, hidden: Tensor) -> Tensor | None:
@@ -114,7 +151,10 @@ def register_loss(name: str, fake: Callable[..., Any], *, gpu: str | None = None
         *outputs, dhead = fake(*inputs)
         return *outputs, dhead.new_empty(dhead.shape, dtype=torch.float32)
 
-    register_op(name, fake, backward, setup_context, gpu=gpu, gpu_fake=float32_dhead)
+    def either(*inputs: Any) -> tuple[Tensor, ...]:
+        return (fake if inputs[0].device.type == "cpu" else float32_dhead)(*inputs)
+
+    register_op(name, either, backward, setup_context, gpu=gpu, gpu_fake=float32_dhead)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from .linear_head import (
     check_linear_head,
     check_token_values,
     fake_gradients,
+    head_cuda_reasons,
     head_triton_reasons,
     normalizer_tensor,
     register_loss,
@@ -60,7 +61,7 @@ def weighted_linear_cross_entropy(
     e is `label_smoothing` as in torch.nn.functional.cross_entropy (Szegedy et al., arXiv 1512.00567), the z-loss that
     of PaLM (arXiv 2204.02311). Computed in float32 (float64 for float64 inputs). Rows that are ignored or have weight
     zero do not reach any matmul and get zero gradients. Differentiable once.
-    "cpp" and "triton" compute the gradients together with the loss, so call them under no_grad where none is wanted.
+    All but "reference" compute the gradients together with the loss: call them under no_grad where none is wanted.
 
     Args:
         hidden: [tokens, hidden], after the final norm.
@@ -77,9 +78,9 @@ def weighted_linear_cross_entropy(
         z_loss: factor of the squared logsumexp, >= 0.
         label_smoothing: e, 0 <= e <= 1.
         counted_rows: a bound for the number of rows that count, where the caller knows one without asking the GPU: the
-            matmuls of "triton" then go over that many rows only, instead of all. It fails where more rows count.
-        backend: "auto" tries "cpp" (CPU), "triton" (GPU; both one pass over chunks of rows, no full logits), then
-            "reference".
+            matmuls of "cuda" and "triton" then go over that many rows only, instead of all. It fails where more count.
+        backend: "auto" tries "cpp" (CPU), "cuda" (GPU from compute capability 9.0), "triton" (GPU; all of them one pass
+            over chunks of rows, no full logits; "cuda" is "triton" but for its row kernel), then "reference".
 
     Returns:
         MixingLoss: the loss (float32) and the statistics per source.
@@ -155,6 +156,7 @@ def _run(
 
 
 OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("cuda", partial(_run, torch.ops.forge), head_cuda_reasons)
 OP.register("triton", partial(_run, torch.ops.forge_triton), head_triton_reasons)
 OP.register("reference", reference.weighted_linear_cross_entropy, no_reasons)
 
@@ -186,3 +188,15 @@ def _fake(
 
 
 register_loss("weighted_linear_cross_entropy", _fake, gpu="weighted_linear_cross_entropy")
+
+
+def _with_cuda_rows(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from .gpu.weighted_linear_cross_entropy import with_cuda_rows  # imports triton
+
+    with torch.cuda.device_of(hidden):
+        return with_cuda_rows(hidden, *rest)
+
+
+# The op on the CPU is C++; on a GPU it is Python around torch's matmuls, Triton kernels and one in CUDA.
+_GPU = torch.library.Library("forge", "IMPL")
+_GPU.impl("weighted_linear_cross_entropy", _with_cuda_rows, "CUDA")

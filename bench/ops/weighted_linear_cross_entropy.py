@@ -1,5 +1,7 @@
 """weighted_linear_cross_entropy with per-source sums, forward and backward, against full logits and fused losses."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,15 @@ def candidates(tokens: int, width: int, vocab: int, rows: int, frozen: bool, dev
     def candidate(function: peers.WeightedLoss, weights: Tensor = weights) -> Thunk:
         return lambda: torch.autograd.grad(function(hidden, head, targets, weights), wanted, one)
 
-    def forge(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forge(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, backend: str = "auto") -> Tensor:
         return weighted_linear_cross_entropy(
-            hidden, head, targets, weights, source_ids=source_ids, num_sources=SOURCES
+            hidden, head, targets, weights, source_ids=source_ids, num_sources=SOURCES, backend=backend
         ).loss
 
     result: Candidates = {"forge": candidate(forge)}
+    if device == "cuda":  # "forge" is the first of the two that can run
+        result["forge, rows in CUDA"] = candidate(partial(forge, backend="cuda"))
+        result["forge, rows in Triton"] = candidate(partial(forge, backend="triton"))
     if rows < tokens:
         result["forge on all rows"] = candidate(forge, torch.ones_like(weights))
     result["floor: matmuls alone"] = peers.matmuls_alone(hidden, head, rows, frozen)

@@ -1,23 +1,29 @@
-"""weighted_linear_cross_entropy in Triton: loss, statistics per source, both gradients in one pass over chunks of rows.
+"""weighted_linear_cross_entropy on GPUs: loss, statistics per source, both gradients in one pass over chunks of rows.
 
 A chunk of logits from cuBLAS; one program a row reduces it and writes the row's gradient over it, since its weight and
 the normalizer are known before the loss; then the two matmuls of the gradient. The backward of autograd only scales.
 Sums over rows are made per block of rows, then over the blocks, in float64 and in a fixed order: no atomics.
+
+The rows are worked on in Triton, or by a CUDA kernel of csrc/cuda that keeps a row in the shared memory of a cluster of
+blocks and so reads it once; everything around them is the same.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linear_head import cluster_blocks
 from .linear_head import CountedRows, LinearHeadChunks
 from .softmax_row import clear_row, row_sums, tile_of, write_gradient
-from .workload import Workload, meta
+from .workload import Workload, meta, multiprocessors
 
 STATISTICS_ROWS = 256  # of a block
 MAX_SOURCES = 16  # of a program
+CUDA_BLOCKS_PER_SM = 2  # of csrc/cuda/cross_entropy_rows.cu: one loads while the other computes
 
 
 @triton.jit
@@ -113,7 +119,77 @@ def _statistics(
     tl.store(loss_ptr, (tl.sum(loss, axis=0) * tl.load(inverse_ptr)).to(tl.float32))
 
 
-def weighted_linear_cross_entropy(
+class _TritonRows:
+    """Sweeps rows twice; sums over blocks of rows in a launch of its own."""
+
+    def __init__(
+        self, counted: CountedRows, targets: Tensor, weights: Tensor | None, sources: Tensor | None, num_sources: int,
+        vocab: int, options: tuple[float, float, float],
+    ) -> None:  # fmt: skip
+        self._counted, self._targets, self._weights, self._sources = counted, targets, weights, sources
+        self._num_sources, self._vocab, self._options = num_sources, vocab, options
+        tokens = targets.numel()
+        self._nll, self._token_loss = (targets.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+        self._correct = targets.new_empty(tokens, dtype=torch.int32)
+
+    def chunk(self, z: Tensor, dz: Tensor | None, first: int) -> None:
+        """Reduces rows `first` and on of those that count; writes their gradient to dz, which may lie over z."""
+        counted, (softcap, z_loss, smoothing) = self._counted, self._options
+        gradient, dz = dz is not None, z if dz is None else dz
+        _rows[(z.shape[0],)](
+            z, dz, counted.rows, counted.count, self._targets, self._weights, counted.inverse, self._nll,
+            self._token_loss, self._correct, first, self._vocab, z.stride(0), dz.stride(0), softcap, z_loss, smoothing,
+            WEIGHTS=self._weights is not None, GRADIENT=gradient, SOFTCAP=softcap > 0, SMOOTHING=smoothing > 0,
+            **tile_of(self._vocab),
+        )  # fmt: skip
+
+    def sums(self) -> Tensor:
+        """Float64 [blocks, sources, 5] of all chunks."""
+        block = min(triton.next_power_of_2(self._num_sources), MAX_SOURCES)
+        blocks = triton.cdiv(self._counted.most, STATISTICS_ROWS)
+        partial = self._nll.new_empty((blocks, self._num_sources, 5), dtype=torch.float64)
+        if blocks:
+            _block_statistics[(blocks, triton.cdiv(self._num_sources, block))](
+                self._counted.rows, self._counted.count, self._weights, self._sources, self._nll, self._token_loss,
+                self._correct, partial, self._num_sources, WEIGHTS=self._weights is not None,
+                SOURCES=self._sources is not None, ROWS=STATISTICS_ROWS, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        return partial
+
+
+class _CudaRows:
+    """Reads rows once; each cluster of thread blocks sums its rows in shared memory."""
+
+    def __init__(
+        self, counted: CountedRows, targets: Tensor, weights: Tensor | None, sources: Tensor | None, num_sources: int,
+        vocab: int, options: tuple[float, float, float],
+    ) -> None:  # fmt: skip
+        self._inputs = counted.rows, counted.count, targets, weights, sources, counted.inverse
+        self._options, self._cluster = options, cluster_blocks(vocab)
+        clusters = max(1, CUDA_BLOCKS_PER_SM * multiprocessors(targets.device) // self._cluster)
+        self._sums = targets.new_zeros((clusters, num_sources, 5), dtype=torch.float64)
+
+    def chunk(self, z: Tensor, dz: Tensor | None, first: int) -> None:
+        """As of _TritonRows."""
+        torch.ops.forge.cross_entropy_rows(z, dz, *self._inputs, self._sums, first, self._cluster, *self._options)
+
+    def sums(self) -> Tensor:
+        """As of _TritonRows, a cluster for a block."""
+        return self._sums
+
+
+def weighted_linear_cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the kernels, all of them in Triton; results as the twin's schema has them, dhead in float32."""
+    return _loss(_TritonRows, *arguments)
+
+
+def with_cuda_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same with the rows in CUDA."""
+    return _loss(_CudaRows, *arguments)
+
+
+def _loss(
+    make_rows: type[_TritonRows] | type[_CudaRows],
     hidden: Tensor,
     lm_head: Tensor,
     targets: Tensor,
@@ -129,45 +205,31 @@ def weighted_linear_cross_entropy(
     need_dhidden: bool,
     need_dhead: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the kernels; results as the twin's schema has them, dhead in float32."""
     targets = targets.contiguous()
     weights = None if token_weights is None else token_weights.contiguous()
     sources = None if source_ids is None else source_ids.contiguous()
-    tokens, vocab = targets.numel(), lm_head.shape[0]
+    vocab = lm_head.shape[0]
     counted = CountedRows(
         targets, vocab, ignore_index, counted_rows,
         weights=weights, sources=sources, num_sources=num_sources, normalizer=normalizer,
     )  # fmt: skip
     chunks = LinearHeadChunks(hidden, lm_head, counted, need_dhidden, need_dhead)
-    gradient = need_dhidden or need_dhead
-    nll, token_loss = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    correct = hidden.new_empty(tokens, dtype=torch.int32)
+    rows = make_rows(counted, targets, weights, sources, num_sources, vocab, (softcap, z_loss, label_smoothing))
     for first, n in chunks:
         z = chunks.logits(first, n)
-        dz = chunks.dlogits(n)
-        _rows[(n,)](
-            z, dz, counted.rows, counted.count, targets, weights, counted.inverse, nll, token_loss, correct,
-            first, vocab, z.stride(0), dz.stride(0), softcap, z_loss, label_smoothing,
-            WEIGHTS=weights is not None, GRADIENT=gradient, SOFTCAP=softcap > 0, SMOOTHING=label_smoothing > 0,
-            **tile_of(vocab),
-        )  # fmt: skip
-        if gradient:
+        if need_dhidden or need_dhead:
+            rows.chunk(z, chunks.dlogits(n), first)
             chunks.backward(first, n)
+        else:
+            rows.chunk(z, None, first)
 
-    block = min(triton.next_power_of_2(num_sources), MAX_SOURCES)
-    blocks = triton.cdiv(counted.most, STATISTICS_ROWS)
-    partial = hidden.new_empty((blocks, num_sources, 5), dtype=torch.float64)
-    if blocks:
-        _block_statistics[(blocks, triton.cdiv(num_sources, block))](
-            counted.rows, counted.count, weights, sources, nll, token_loss, correct, partial, num_sources,
-            WEIGHTS=weights is not None, SOURCES=sources is not None, ROWS=STATISTICS_ROWS, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    partial = rows.sums()
     loss = hidden.new_empty((), dtype=torch.float32)
     source_nll, source_weight = (hidden.new_empty(num_sources, dtype=torch.float32) for _ in range(2))
     source_count, source_correct = (hidden.new_empty(num_sources, dtype=torch.int64) for _ in range(2))
     _statistics[(1,)](
-        partial, counted.inverse, loss, source_nll, source_weight, source_count, source_correct, blocks, num_sources,
-        BLOCK=32, num_warps=1,
+        partial, counted.inverse, loss, source_nll, source_weight, source_count, source_correct, partial.shape[0],
+        num_sources, BLOCK=32, num_warps=1,
     )  # fmt: skip
     return loss, source_nll, source_weight, source_count, source_correct, chunks.dhidden, chunks.dhead
 

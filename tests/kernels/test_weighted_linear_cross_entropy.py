@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from forge_core.kernels import MixingLoss, reference, weighted_linear_cross_entropy
+from forge_core.kernels import MixingLoss, library, reference, weighted_linear_cross_entropy
 from tests.backends import Backend, backends
 from tests.kernels.linear_head_cases import DEEP_SIZES, SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
@@ -68,6 +68,21 @@ def test_matches_reference(backend: Backend, size: tuple[int, int, int], dtype: 
     # A normalizer of about one pack keeps the gradients of order one over tokens, as the default does.
     inputs = [*inputs[:3], None, None, torch.tensor(size[0] + 1.0)]
     check_op(op, _reference(**options), inputs, device=backend.device)
+
+
+@pytest.mark.parametrize("size", SIZES if library.TRITON_INTERPRETED else [])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_matches_reference_with_cuda_rows_on_the_cpu(
+    size: tuple[int, int, int], options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The launcher of "cuda", with its row kernel as tests/gpu/test_cross_entropy_rows.py has it.
+    from forge_core.kernels.gpu import weighted_linear_cross_entropy as launcher
+
+    monkeypatch.setattr(launcher, "_TritonRows", launcher._CudaRows)
+    for dtype in DTYPES:
+        check_op(_op("triton", **options), _reference(**options), _inputs(*size, dtype))
+    inputs = _inputs(*size, torch.float32)
+    check_op(_op("triton", counted_rows=size[0]), _reference(), [x.requires_grad_(False) for x in inputs])
 
 
 @pytest.mark.parametrize("size", [*SIZES, *DEEP_SIZES, *STREAMED_SIZES])
