@@ -75,8 +75,8 @@ def lora_linear(
     Args:
         x: [..., in], float32, bfloat16, float16 or float64.
         weight: [out, in], dtype of x; the grouped form takes a list, also for lora_a, lora_b, bias and magnitude.
-            Quantised tensors whose nominal dtype is that of x (torchao's NF4, float8, int8) are made dense for the
-            forward matmul, and again for the backward one.
+            Quantised tensors whose nominal dtype is that of x (torchao's NF4, float8, int8, the Params4bit of
+            bitsandbytes' Linear4bit) are made dense for the forward matmul, and again for the backward one.
         lora_a: [rank, in], dtype of x, or float32 master weights, which are rounded to the dtype of x for the matmuls
             and whose gradients are float32.
         lora_b: [out, rank], as lora_a. Ranks may differ within a group.
@@ -93,9 +93,10 @@ def lora_linear(
     Raises:
         ValueError: shapes, dtypes or lengths of lists do not match, weight requires a gradient while gradients are
             recorded, or the named backend cannot take the inputs.
+        ImportError: a weight of bitsandbytes without bitsandbytes.
     """
     grouped = not isinstance(weight, Tensor)
-    weights, a, b = _as_list(weight), _as_list(lora_a), _as_list(lora_b)
+    weights, a, b = [quantized.nominal(w) for w in _as_list(weight)], _as_list(lora_a), _as_list(lora_b)
     biases = [None] * len(weights) if bias is None else _as_list(bias)
     scalings = [float(s) for s in scaling] if isinstance(scaling, Sequence) else [float(scaling)] * len(weights)
     magnitudes = [None] * len(weights) if magnitude is None else _as_list(magnitude)

@@ -11,6 +11,50 @@ import torch
 from torch import Tensor
 
 
+class FourBit(Tensor):
+    """A weight of bitsandbytes' Linear4bit under its nominal shape and dtype; a view, made anew for each call.
+
+    Its `Params4bit` shows the packed bytes, uint8 [out * in / 2, 1]; shape, dtype and scales are in its `quant_state`.
+    """
+
+    packed: Tensor
+
+    @staticmethod
+    def __new__(cls, packed: Any) -> "FourBit":
+        """`packed`: a quantised Params4bit."""
+        state = packed.quant_state
+        self = Tensor._make_wrapper_subclass(cls, state.shape, dtype=state.dtype, device=packed.device)
+        self.packed = packed
+        return self
+
+    def dequantize(self) -> Tensor:
+        """The dense weight, in one launch."""
+        try:
+            from bitsandbytes.functional import dequantize_4bit
+        except ImportError as error:
+            raise ImportError(
+                "weight: got a Params4bit, which bitsandbytes makes dense, but bitsandbytes cannot be imported here; "
+                f"pip install bitsandbytes ({error})"
+            ) from error
+        state = self.packed.quant_state  # type: ignore[attr-defined]
+        if self.device.type == "cpu" and self.shape[1] % state.blocksize:
+            raise ValueError(
+                f"weight: got a 4-bit weight with rows of {self.shape[1]} in blocks of {state.blocksize}, which "
+                "bitsandbytes decodes wrongly on the CPU (0.50); expected a multiple, or a GPU"
+            )
+        return dequantize_4bit(self.packed.detach().as_subclass(Tensor), state)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A FourBit only carries a weight to a matmul."""
+        raise TypeError(f"{func}: got a 4-bit weight, expected a dense one; weight.dequantize() gives it")
+
+
+def nominal(weight: Tensor) -> Tensor:
+    """The weight as a tensor that shows its nominal shape and dtype: bitsandbytes' packed ones as `FourBit`."""
+    return FourBit(weight) if getattr(weight, "quant_state", None) is not None else weight
+
+
 def is_quantized(weight: Tensor) -> bool:
     """Whether the weight is a tensor subclass with a format of its own, such as torchao's: it can be made dense."""
     kind = type(weight)

@@ -1,3 +1,5 @@
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,11 +32,11 @@ class Int8Rows(Tensor):
         raise NotImplementedError(f"{func} needs the dense weight")
 
 
-def _inputs(dtype: torch.dtype, device: str) -> list:
+def _inputs(dtype: torch.dtype, device: str, width: int = 32) -> list:
     torch.manual_seed(0)
-    x = torch.randn(9, 32, dtype=dtype, device=device, requires_grad=True)
-    weights = [(torch.randn(n, 32, device=device) / 6).to(dtype) for n in (16, 24)]
-    a = [(torch.randn(4, 32, device=device) / 6).requires_grad_() for _ in weights]
+    x = torch.randn(9, width, dtype=dtype, device=device, requires_grad=True)
+    weights = [(torch.randn(n, width, device=device) / 6).to(dtype) for n in (16, 24)]
+    a = [(torch.randn(4, width, device=device) / 6).requires_grad_() for _ in weights]
     b = [(torch.randn(n, 4, device=device) / 2).requires_grad_() for n in (16, 24)]
     bias = [torch.randn(n, device=device).to(dtype).requires_grad_() for n in (16, 24)]
     return [x, weights, a, b, bias]
@@ -97,3 +99,63 @@ def test_torchao(config: str) -> None:
     assert torch.equal(y, lora_linear(x, linear.weight.dequantize(), a[0], b[0], scaling=2.0))
     y.sum().backward()
     assert x.grad is not None and a[0].grad is not None and b[0].grad is not None
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("compress_statistics", [False, True])
+def test_bitsandbytes(quant_type: str, compress_statistics: bool) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    x, weights, a, b, bias = _inputs(torch.bfloat16, "cpu", width=64)
+    layers = [
+        bitsandbytes.nn.Linear4bit(
+            64, w.shape[0], compute_dtype=torch.bfloat16, quant_type=quant_type, compress_statistics=compress_statistics
+        )
+        for w in weights
+    ]
+    for layer, weight, vector in zip(layers, weights, bias, strict=True):
+        layer.weight.data, layer.bias.data = weight, vector.detach()
+    layers = [layer.to("cpu").requires_grad_(False) for layer in layers]  # this is what quantises
+    packed = [layer.weight for layer in layers]
+    assert all(w.dtype == torch.uint8 for w in packed)
+    dense = [bitsandbytes.functional.dequantize_4bit(w.data, w.quant_state) for w in packed]
+    assert all((d - w).norm() < 0.2 * w.norm() for d, w in zip(dense, weights, strict=True))
+
+    def function(x: Tensor, weights: list, a: list, b: list, bias: list) -> tuple[Tensor, ...]:
+        return lora_linear(x, weights, a, b, scaling=2.0, bias=bias, dropout_p=0.3, dropout_seed=5)
+
+    expected = _gradients(function, x, dense, a, b, bias)
+    actual = _gradients(function, x, packed, a, b, bias)
+    assert all(torch.equal(p, q) for p, q in zip(actual, expected, strict=True))
+    # And what bitsandbytes itself computes, without the adapter.
+    zeros = [torch.zeros_like(t) for t in b]
+    for ours, layer in zip(lora_linear(x, packed, a, zeros, scaling=1.0, bias=bias), layers, strict=True):
+        torch.testing.assert_close(ours, layer(x), rtol=2**-6, atol=2**-6)
+
+
+def test_rows_that_bitsandbytes_decodes_wrongly_are_refused() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    x, weights, a, b, _ = _inputs(torch.bfloat16, "cpu")
+    data, state = functional.quantize_4bit(weights[0], blocksize=64, quant_type="nf4")
+    weight = data.as_subclass(Packed)
+    weight.quant_state = state
+    with pytest.raises(ValueError, match="rows of 32 in blocks of 64"):
+        lora_linear(x, weight, a[0], b[0], scaling=2.0)
+
+
+class Packed(torch.nn.Parameter):
+    """What a Params4bit looks like."""
+
+    quant_state: Any
+
+
+def test_without_bitsandbytes_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _, a, b, _ = _inputs(torch.bfloat16, "cpu")
+    weight = torch.zeros(16 * 32 // 2, 1, dtype=torch.uint8).as_subclass(Packed)
+    weight.quant_state = SimpleNamespace(shape=torch.Size([16, 32]), dtype=torch.bfloat16, blocksize=32)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        lora_linear(x, weight, a[0], b[0], scaling=2.0)
+    with pytest.raises(ValueError, match=r"lora_a: got shape \[4, 31\], expected \[rank, 32\]"):
+        lora_linear(x, weight, a[0][:, :31], b[0], scaling=2.0)
+    with pytest.raises(ValueError, match=r"weight: got torch\.bfloat16, expected the dtype of x, torch\.float32"):
+        lora_linear(x.float(), weight, a[0], b[0], scaling=2.0)

@@ -6,24 +6,33 @@ from torch import Tensor, nn
 
 from forge_core.train import MasterAdamW
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
 
-def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+
+def parameters(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, nn.Parameter]:
     torch.manual_seed(0)
     shapes = {"q.lora_A.weight": (3, 8), "q.lora_B.weight": (8, 3), "norm.weight": (8,)}
-    return {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    return {name: nn.Parameter(torch.randn(shape).to(device, dtype)) for name, shape in shapes.items()}
 
 
 def gradients(step: int, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {name: torch.randn(p.shape, generator=generator) for name, p in like.items()}
+    return {name: torch.randn(p.shape, generator=generator).to(p.device) for name, p in like.items()}
 
 
 def feed(named: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     sum((p * values[name].to(p.dtype)).sum().float() for name, p in named.items()).backward()  # type: ignore[union-attr]
 
 
-def test_equals_torch_with_groups_and_clipping() -> None:
-    ours, theirs = parameters(), parameters(torch.float64)
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_torch_with_groups_and_clipping(device: str) -> None:
+    ours, theirs = parameters(device=device), parameters(torch.float64, device)
     optimizer = MasterAdamW(ours, weight_decay=0.1, max_grad_norm=0.5, lora_plus_ratio=4.0)
     a, b, norm_weight = theirs.values()
     peer = torch.optim.AdamW(
@@ -45,6 +54,22 @@ def test_equals_torch_with_groups_and_clipping() -> None:
         assert float(norm) == pytest.approx(float(expected), rel=1e-6)
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter.double(), theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_norm_and_update_repeat_bit_for_bit(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    many = [torch.randn(size, generator=generator) for size in (1, 1000, 70_000, 300_001) for _ in range(40)]
+    results = []
+    for _ in range(3):
+        named = {str(i): nn.Parameter(torch.zeros_like(g, device=device)) for i, g in enumerate(many)}
+        optimizer = MasterAdamW(named, max_grad_norm=0.5)
+        for parameter, gradient in zip(named.values(), many, strict=True):
+            parameter.grad = gradient.to(device, copy=True)  # the update overwrites it
+        results.append([optimizer.step(1e-3), *(p.detach() for p in named.values())])
+    assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(again, results[0], strict=True))
+    expected = torch.cat(many).double().norm()
+    assert float(results[0][0]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_bfloat16_learns_below_its_own_resolution() -> None:
