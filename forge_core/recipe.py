@@ -99,6 +99,11 @@ class LoraOptions(_Options):
         source=f"LoRA+ (arXiv 2402.12354) and {_NOVA1}; {_NOVA2} uses 64, allowed 1 to 70",
         ge=1,
     )
+    use_dora: bool = _option(
+        False,
+        "also train the magnitude of each row; a pass more over every output, and dropout stays on the adapter alone",
+        source="DoRA (arXiv 2402.09353)",
+    )
 
 
 class CustomerSource(_Options):

@@ -18,11 +18,12 @@ from forge_core import atomic
 
 from .decoder import CausalLM
 from .io import list_names
-from .lora import ALL_LINEAR, LoraConfig, adaptable_linears, adapter_parameters, attach
+from .lora import ALL_LINEAR, AdapterWeights, LoraConfig, adaptable_linears, adapter_parameters, attach
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # how PEFT wraps a model
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(.+)\.(?:(lora_[AB])\.weight|(lora_magnitude_vector))")
+_MAGNITUDE = "lora_magnitude_vector"
 _LORA_PLUS = "lora_plus_ratio"  # kept in the weight file's metadata: PEFT's configuration has no such key
 
 # Keys of adapter_config.json that do not change what the adapter computes. Any other key must be unset.
@@ -30,7 +31,7 @@ _HARMLESS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "init_lora_weights", "bias", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "use_dora",
 }  # fmt: skip
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights as well
 
@@ -53,7 +54,11 @@ def save_adapter(model: CausalLM, path: str | Path) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     parameters = adapter_parameters(model)
-    tensors = {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in parameters.items()}
+    # PEFT writes magnitudes without the ".weight" of their parameter.
+    tensors = {
+        f"{_PREFIX}{name}".replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): value
+        for name, value in ((name, value.detach().cpu().contiguous()) for name, value in parameters.items())
+    }
     with atomic.atomic_file(path / ADAPTER_WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", _LORA_PLUS: repr(config.lora_plus_ratio)})
     adapted = {name.rsplit(".", 2)[0] for name in parameters}
@@ -73,7 +78,7 @@ def save_adapter(model: CausalLM, path: str | Path) -> None:
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "use_dora": False,
+        "use_dora": config.use_dora,
     }
     atomic.write_text(path / ADAPTER_CONFIG, json.dumps(content, indent=2) + "\n")
 
@@ -93,16 +98,21 @@ def load_adapter(model: CausalLM, path: str | Path) -> None:
     path = Path(path)
     content = _read_config(path / ADAPTER_CONFIG)
     tensors, metadata = _read_weights(path / ADAPTER_WEIGHTS)
-    weights = _pair(path / ADAPTER_WEIGHTS, tensors)
+    weights = _gather(path / ADAPTER_WEIGHTS, tensors, bool(content.get("use_dora")))
     linears = adaptable_linears(model)
     foreign = [name for name in weights if name not in linears]
     rank = content["r"]
     wrong = [
         f"{name} A {list(a.shape)}, B {list(b.shape)} (expected [{rank}, {linears[name].in_features}], "
         f"[{linears[name].out_features}, {rank}])"
-        for name, (a, b) in weights.items()
+        for name, (a, b, _) in weights.items()
         if name in linears
         and (list(a.shape), list(b.shape)) != ([rank, linears[name].in_features], [linears[name].out_features, rank])
+    ]
+    wrong += [
+        f"{name} magnitude {list(m.shape)} (expected [{linears[name].out_features}])"
+        for name, (_, _, m) in weights.items()
+        if m is not None and name in linears and list(m.shape) != [linears[name].out_features]
     ]
     if foreign or wrong:
         lists = [f"modules it does not have: {list_names(foreign)}"] if foreign else []
@@ -118,6 +128,7 @@ def load_adapter(model: CausalLM, path: str | Path) -> None:
         target_modules=ALL_LINEAR if len(weights) == len(linears) else _short_names(model, set(weights)),
         use_rslora=bool(content.get("use_rslora")),
         lora_plus_ratio=float(metadata.get(_LORA_PLUS, LoraConfig.lora_plus_ratio)),
+        use_dora=bool(content.get("use_dora")),
     )
     attach(model, config, weights)
 
@@ -141,7 +152,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     if unsupported:
         raise ValueError(
             f"{file}: not supported: {', '.join(f'{key} = {value!r}' for key, value in unsupported.items())}; "
-            "supported: plain LoRA or rsLoRA with one rank and alpha for all modules"
+            "supported: LoRA, rsLoRA or DoRA with one rank and alpha for all modules"
         )
     for key in ("r", "lora_alpha"):
         if isinstance(content.get(key), bool) or not isinstance(content.get(key), int | float):
@@ -160,22 +171,25 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
 
 
-def _pair(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (lora_A, lora_B), float32."""
-    sides: dict[str, dict[str, Tensor]] = defaultdict(dict)
+def _gather(file: Path, tensors: Mapping[str, Tensor], use_dora: bool) -> dict[str, AdapterWeights]:
+    """Module path -> its adapter, float32."""
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
-        if match is None or tensor.dim() != 2:
+        part = "" if match is None else match[2] or match[3]
+        if match is None or tensor.dim() != (1 if part == _MAGNITUDE else 2) or (part == _MAGNITUDE and not use_dora):
             unknown.append(name)
         else:
-            sides[match[1]][match[2]] = tensor.to(torch.float32)
-    halves = [name for name, pair in sides.items() if len(pair) != 2]
-    if unknown or halves or not sides:
+            parts[match[1]][part] = tensor.to(torch.float32)
+    halves = [name for name, found in parts.items() if len(found.keys() & {"lora_A", "lora_B"}) != 2]
+    without = [name for name, found in parts.items() if use_dora and _MAGNITUDE not in found]
+    if unknown or halves or without or not parts:
         lists = [f"tensors that are no lora_A or lora_B matrix: {list_names(unknown)}"] if unknown else []
         lists += [f"modules with only one of lora_A and lora_B: {list_names(halves)}"] if halves else []
+        lists += [f"modules without {_MAGNITUDE}, with use_dora: {list_names(without)}"] if without else []
         raise ValueError(f"{file}: " + ("; ".join(lists) or "holds no adapter"))
-    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
+    return {name: AdapterWeights(p["lora_A"], p["lora_B"], p.get(_MAGNITUDE)) for name, p in parts.items()}
 
 
 def _short_names(model: CausalLM, adapted: set[str]) -> list[str]:

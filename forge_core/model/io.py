@@ -18,7 +18,7 @@ from forge_core import atomic
 
 from .config import ModelConfig
 from .decoder import CausalLM
-from .lora import is_merged
+from .lora import PARTS, is_merged
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -100,7 +100,7 @@ def save_model(model: CausalLM, path: str | Path, *, max_shard_bytes: int = 5_00
     tensors = {
         name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
-        if ".lora_A." not in name and ".lora_B." not in name
+        if not any(f".{part}." in name for part in PARTS)
     }
     shards = _shards(tensors, max_shard_bytes)
     written = {WEIGHTS} if len(shards) == 1 else {INDEX}

@@ -14,7 +14,8 @@ from forge_core.kernels import add_rms_norm, frozen_linear, lora_linear, rms_nor
 class Linear(nn.Module):
     """`y = x W^T + b`, plus `scaling * (x A^T) B^T` where an adapter is attached.
 
-    `lora_A` [rank, in] and `lora_B` [out, rank] are float32 master weights whatever the dtype of `weight`.
+    `lora_A` [rank, in] and `lora_B` [out, rank] are float32 master weights whatever the dtype of `weight`. So is
+    `lora_magnitude_vector` [out] of a DoRA adapter: the norm of each row of `W + scaling * B A` becomes the magnitude.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
@@ -24,6 +25,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.lora_A: LowRank | None = None
         self.lora_B: LowRank | None = None
+        self.lora_magnitude_vector: LowRank | None = None
         self.scaling = 0.0
         self.dropout = 0.0
         self.adapter_enabled = True
@@ -62,19 +64,20 @@ def project(x: Tensor, linears: Sequence[Linear], dropout_seed: int | None = Non
         return tuple(results.values())
     lora_a = [linear.lora_A.weight for linear in adapted if linear.lora_A is not None]
     lora_b = [linear.lora_B.weight for linear in adapted if linear.lora_B is not None]
+    magnitude = [None if m is None else m.weight for m in (linear.lora_magnitude_vector for linear in adapted)]
     first = adapted[0]
     dropout = first.dropout if dropout_seed is not None else 0.0
     seed = dropout_seed if dropout > 0.0 else None
     if len(adapted) == 1:
         results[first] = lora_linear(
             x, first.weight, lora_a[0], lora_b[0],
-            scaling=first.scaling, bias=first.bias, dropout_p=dropout, dropout_seed=seed,
+            scaling=first.scaling, bias=first.bias, magnitude=magnitude[0], dropout_p=dropout, dropout_seed=seed,
         )  # fmt: skip
     else:
         bias = [linear.bias for linear in adapted] if any(linear.bias is not None for linear in adapted) else None
         grouped = lora_linear(
             x, [linear.weight for linear in adapted], lora_a, lora_b,
-            scaling=first.scaling, bias=bias, dropout_p=dropout, dropout_seed=seed,
+            scaling=first.scaling, bias=bias, magnitude=magnitude, dropout_p=dropout, dropout_seed=seed,
         )  # fmt: skip
         results.update(zip(adapted, grouped, strict=True))
     return tuple(results[linear] for linear in linears)
@@ -91,7 +94,7 @@ def _plain(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
 
 
 class LowRank(nn.Module):
-    """One side of an adapter; a module of its own so that its parameter is called `lora_A.weight`, as PEFT has it."""
+    """One part of an adapter; a module of its own so that its parameter is called `lora_A.weight`, as PEFT has it."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -7,14 +7,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from forge_core.kernels.dora import adapted_norm
 
 from .decoder import CausalLM
 from .layers import Linear, LowRank
 
 ALL_LINEAR = "all-linear"
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # modules that an adapter adds to a linear layer
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class LoraConfig:
     target_modules: "all-linear" (every linear layer of the decoder layers, not the head), or names such as "q_proj" or
         "layers.3.mlp.up_proj", each matching the modules whose path ends with it.
     lora_plus_ratio: learning rate of `lora_B` over that of `lora_A` (LoRA+, arXiv 2402.12354); read by the trainer.
+    use_dora: also train the magnitude of each row of the adapted matrix (DoRA, arXiv 2402.09353).
     """
 
     rank: int = 32
@@ -35,6 +40,7 @@ class LoraConfig:
     target_modules: str | list[str] = ALL_LINEAR
     use_rslora: bool = False
     lora_plus_ratio: float = 16.0
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -62,22 +68,31 @@ class LoraConfig:
 def add_lora(model: CausalLM, config: LoraConfig, *, seed: int = 0) -> None:
     """Freeze the model and attach float32 adapters; the model's output does not change until they are trained.
 
-    `lora_A` is uniform in +-1/sqrt(in_features), `lora_B` zero, drawn on the CPU from `seed` in layer order.
+    `lora_A` is uniform in +-1/sqrt(in_features), `lora_B` zero, drawn on the CPU from `seed` in layer order; magnitudes
+    are the norms of the frozen rows.
 
     Raises:
         ValueError: the model has adapters already, a target module does not exist, or the rank exceeds a matrix.
     """
     generator = torch.Generator().manual_seed(seed)
-    weights: dict[str, tuple[Tensor, Tensor]] = {}
+    weights: dict[str, AdapterWeights] = {}
     for name, linear in target_linears(model, config).items():
         bound = 1 / math.sqrt(linear.in_features)
         lora_a = torch.empty(config.rank, linear.in_features).uniform_(-bound, bound, generator=generator)
-        weights[name] = (lora_a, torch.zeros(linear.out_features, config.rank))
+        weights[name] = AdapterWeights(lora_a, torch.zeros(linear.out_features, config.rank), None)
     attach(model, config, weights)
 
 
-def attach(model: CausalLM, config: LoraConfig, weights: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Freeze the model and attach adapters with the given float32 `(lora_A, lora_B)` per module path.
+class AdapterWeights(NamedTuple):
+    """What a linear layer's adapter is made of, float32."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None  # [out] of a DoRA adapter; None: the norms of the adapted rows
+
+
+def attach(model: CausalLM, config: LoraConfig, weights: dict[str, AdapterWeights]) -> None:
+    """Freeze the model and attach adapters with the given weights per module path.
 
     Raises:
         ValueError: the model has adapters already, or the rank exceeds one of the matrices.
@@ -96,10 +111,14 @@ def attach(model: CausalLM, config: LoraConfig, weights: dict[str, tuple[Tensor,
             "; choose a smaller rank or leave these modules out of target_modules"
         )
     model.requires_grad_(False)
-    for name, (lora_a, lora_b) in weights.items():
+    for name, (lora_a, lora_b, magnitude) in weights.items():
         linear = linears[name]
         device = linear.weight.device
-        linear.lora_A, linear.lora_B = _side(lora_a, device), _side(lora_b, device)
+        linear.lora_A, linear.lora_B = _part(lora_a, device), _part(lora_b, device)
+        if config.use_dora:
+            if magnitude is None:
+                magnitude = adapted_norm(linear.weight, linear.lora_A.weight, linear.lora_B.weight, config.scaling)
+            linear.lora_magnitude_vector = _part(magnitude, device)
         linear.scaling, linear.dropout, linear.adapter_enabled = config.scaling, config.dropout, True
     model.lora_config = config
 
@@ -110,7 +129,7 @@ def remove_lora(model: CausalLM) -> None:
         return
     unmerge_lora(model)
     for linear in _adapted(model).values():
-        linear.lora_A = linear.lora_B = None
+        linear.lora_A = linear.lora_B = linear.lora_magnitude_vector = None
         linear.scaling = linear.dropout = 0.0
     model.lora_config = None
 
@@ -118,16 +137,18 @@ def remove_lora(model: CausalLM) -> None:
 def adapter_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
     """The adapters' parameters by name, `model.layers.0.self_attn.q_proj.lora_A.weight` and so on, in layer order."""
     return {
-        f"{name}.{side}.weight": holder.weight
+        f"{name}.{part}.weight": holder.weight
         for name, linear in _adapted(model).items()
-        for side, holder in (("lora_A", linear.lora_A), ("lora_B", linear.lora_B))
+        for part, holder in ((part, getattr(linear, part)) for part in PARTS)
         if holder is not None
     }
 
 
 @torch.no_grad()
 def merge_lora(model: CausalLM) -> None:
-    """Add each adapter's product to its frozen weight: `W + scaling * B A`, summed in float32 and rounded once.
+    """Add each adapter's product to its frozen weight: `W + scaling * B A`, in float32 and rounded once.
+
+    The rows of a DoRA adapter are then scaled to their magnitudes.
 
     The frozen weights are kept, so that `unmerge_lora` restores them bit for bit. Rounding to bfloat16 loses part of a
     small update: for exact evaluation leave adapters unmerged. A merged model merges into nothing more.
@@ -142,7 +163,10 @@ def merge_lora(model: CausalLM) -> None:
             wide = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
             update = linear.lora_B.weight.to(wide) @ linear.lora_A.weight.to(wide)
             linear.unmerged_weight = linear.weight.detach().clone()
-            linear.weight.copy_(linear.weight.to(wide).add_(update, alpha=linear.scaling))
+            merged = linear.weight.to(wide).add(update, alpha=linear.scaling)
+            if linear.lora_magnitude_vector is not None:
+                merged *= (linear.lora_magnitude_vector.weight.to(wide) / merged.norm(dim=1))[:, None]
+            linear.weight.copy_(merged)
 
 
 @torch.no_grad()
@@ -216,5 +240,5 @@ def _adapted(model: CausalLM) -> dict[str, Linear]:
     return {name: linear for name, linear in adaptable_linears(model).items() if linear.lora_A is not None}
 
 
-def _side(weight: Tensor, device: torch.device) -> LowRank:
+def _part(weight: Tensor, device: torch.device) -> LowRank:
     return LowRank(weight.detach().to(device, torch.float32, copy=True))

@@ -48,7 +48,10 @@ def run_identity(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
             **config,
             "dtype": recipe.model.dtype,
             "base_weights": weights_fingerprint(recipe.model.path),
-            "lora": None if lora is None else {k: v for k, v in lora.items() if k != "lora_plus_ratio"},
+            # Without DoRA as before there was any: runs that were begun then can be resumed.
+            "lora": None
+            if lora is None
+            else {k: v for k, v in lora.items() if k != "lora_plus_ratio" and (k, v) != ("use_dora", False)},
         },
         "optimization": {**training, "lora_plus_ratio": None if lora is None else lora["lora_plus_ratio"]},
     }

@@ -16,7 +16,7 @@ class MasterAdamW:
     A float32 parameter is updated in place. One of lower precision gets a float32 master copy: its gradients are summed
     over packs in float32, the master is updated, the parameter is its rounding. Each step's learning rate is given
     by the caller; parameters named `...lora_B...` get `lora_plus_ratio` times as much (LoRA+, arXiv 2402.12354).
-    Weight decay spares vectors (norms, biases).
+    Weight decay spares vectors (norms, biases, DoRA's magnitudes).
 
     Args:
         parameters: name -> parameter; those that do not require gradients are left out.
@@ -85,7 +85,7 @@ class MasterAdamW:
         """
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         norm = get_total_norm(gradients)
-        # The fused kernel divides gradients by this on their way in: clipping takes no pass of its own. 1e-6 as in torch.
+        # The fused kernel divides gradients by this on their way in: clipping takes no pass. 1e-6 as in torch.
         self._adamw.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp_min(1.0)  # type: ignore[attr-defined]
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]

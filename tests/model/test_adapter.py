@@ -23,20 +23,25 @@ def fill(parameters: Any) -> None:
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+VARIANTS: list[dict[str, bool]] = [{}, {"use_rslora": True}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", ["qwen2", "gemma3"])
-def test_adapters_written_here_act_the_same_in_peft(tmp_path: Path, name: str, targets: Any, use_rslora: bool) -> None:
+def test_adapters_written_here_act_the_same_in_peft(
+    tmp_path: Path, name: str, targets: Any, variant: dict[str, bool]
+) -> None:
     peer = save_peer(tmp_path / "base", name)
     model = load_model(tmp_path / "base", dtype=torch.float32)
-    add_lora(model, LoraConfig(rank=4, alpha=6, dropout=0.1, target_modules=targets, use_rslora=use_rslora))
+    add_lora(model, LoraConfig(rank=4, alpha=6, dropout=0.1, target_modules=targets, **variant))
     fill(adapter_parameters(model).values())
     save_adapter(model, tmp_path / "adapter")
     wrapped = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
     theirs = {key: value for key, value in wrapped.state_dict().items() if ".lora_" in key}
     assert len(theirs) == len(adapter_parameters(model))
     for key, value in adapter_parameters(model).items():
-        assert torch.equal(theirs["base_model.model." + key.replace(".weight", ".default.weight")], value)
+        assert torch.equal(theirs["base_model.model." + key.replace(".weight", ".default.weight")], value), key
     model.eval()
     expected = transformers_logits(wrapped, *PACK)
     assert relative_error(model.logits(model(*PACK)), expected) < 1e-5
@@ -46,11 +51,11 @@ def test_adapters_written_here_act_the_same_in_peft(tmp_path: Path, name: str, t
     assert relative_error(base, expected) > 1e-2
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("targets", TARGETS)
-def test_adapters_written_by_peft_act_the_same_here(tmp_path: Path, targets: Any, use_rslora: bool) -> None:
+def test_adapters_written_by_peft_act_the_same_here(tmp_path: Path, targets: Any, variant: dict[str, bool]) -> None:
     peer = save_peer(tmp_path / "base", "llama3-rope")
-    settings = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.1, "use_rslora": use_rslora, "target_modules": targets}
+    settings: dict[str, Any] = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.1, "target_modules": targets, **variant}
     wrapped = peft.get_peft_model(peer, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     fill(value for key, value in wrapped.named_parameters() if "lora_" in key)
     wrapped.save_pretrained(tmp_path / "theirs")
@@ -92,7 +97,8 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "not supported: use_dora = True"),
+        ({"use_dora": True}, "modules without lora_magnitude_vector"),
+        ({"lora_bias": True}, "not supported: lora_bias = True"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias = 'all'"),
