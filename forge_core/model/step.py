@@ -25,8 +25,13 @@ class DecodeStep:
 
     def __init__(self, model: CausalLM, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        stack = _stack(model)
-        self.stack = None if stack.not_supported_reasons else stack
+        # The op has no magnitudes of DoRA.
+        magnitudes = any(
+            isinstance(module, Linear) and module.adapter_active and module.lora_magnitude_vector is not None
+            for module in model.modules()
+        )
+        stack = None if magnitudes else _stack(model)
+        self.stack = None if stack is None or stack.not_supported_reasons else stack
         self.tables: list[tuple[Tensor, Tensor]] = []  # of every position that the cache has room for
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:

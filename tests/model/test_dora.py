@@ -23,6 +23,8 @@ from forge_core.model import (
     save_model,
     unmerge_lora,
 )
+from forge_core.model.cache import KVCache
+from forge_core.model.step import DecodeStep, _stack
 
 from .tiny import documents, relative_error, save_peer
 
@@ -94,6 +96,20 @@ def test_merged_and_back(tmp_path: Path) -> None:
     merged = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").merge_and_unload()
     merge_lora(model)
     assert relative_error(model.model.layers[0].mlp.up_proj.weight, merged.model.layers[0].mlp.up_proj.weight) < 1e-5
+
+
+def test_generation_takes_the_magnitudes(tmp_path: Path) -> None:
+    model, _ = adapted(tmp_path, torch.bfloat16)
+    fill(model)
+    model.eval()
+    prompt = PACK[0][:5].tolist()
+    new = model.generate([prompt], max_new_tokens=1)[0][0]
+    logits = model.logits(model(torch.tensor(prompt), torch.tensor([0, 5], dtype=torch.int32)))[-1]
+    assert logits[new] >= logits.max() - 2**-5 * logits.abs().max()
+    cache = KVCache(model.config, 1, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert DecodeStep(model, cache).stack is None  # one op for all layers, without magnitudes
+    merge_lora(model)
+    assert (DecodeStep(model, cache).stack is None) == bool(_stack(model).not_supported_reasons)
 
 
 def test_files(tmp_path: Path) -> None:
