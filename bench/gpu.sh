@@ -26,6 +26,7 @@ done
   { echo "gpu.sh: --part: got $part, expected i/n with 1 <= i <= n, for example 1/3" >&2; exit 2; }
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 minutes=${MINUTES:-9}
+export FORGE_TUNING=${FORGE_TUNING:-all}  # also the kernels that no GPU has run yet: this is where they are tried
 status=0 summary=()
 
 say() { printf '\n== %s\n' "$*"; }

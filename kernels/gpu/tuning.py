@@ -1,8 +1,8 @@
 """Chooses between ways to compute the same result by timing them once on the GPU, and remembers the choice.
 
-FORGE_TUNING=off uses every op's documented default instead. Choices are kept in ~/.cache/forge_core/tuning.json
-(FORGE_TUNING_CACHE names another file): ways may round differently, and a resumed run should not measure again and pick
-another one.
+FORGE_TUNING=off uses every op's documented default instead; FORGE_TUNING=all also tries the ways that no GPU has run
+yet (`UNPROVED`), as bench/gpu.sh does. Choices are kept in ~/.cache/forge_core/tuning.json (FORGE_TUNING_CACHE names
+another file): ways may round differently, and a resumed run should not measure again and pick another one.
 """
 
 import json
@@ -23,6 +23,9 @@ ROUNDS = 7
 HOLD = 1 << 20  # cycles, half a millisecond
 AGREE = 2**-5  # of the largest value: several roundings to bfloat16, far less than a wrong tile
 MARGIN = 0.99  # of the default's time; below that another way replaces it
+# Warp-specialised kernels that have only run in a simulator: an error in their barriers would hang the GPU, and no
+# user's first call shall do that. Once `make gpu` has passed on a Hopper GPU, empty this.
+UNPROVED = frozenset({"gluon", "gluon_pingpong", "gluon_forward"})
 
 _choices: dict[str, str] | None = None
 
@@ -41,7 +44,8 @@ def choose(
         default: used where tuning is off, and while a CUDA graph is captured; kept unless another way is 1 % faster.
         time: measures the ways in seconds; by default CUDA events on the current stream.
     """
-    if len(ways) == 1 or os.environ.get("FORGE_TUNING") == "off":
+    ways = {name: way for name, way in ways.items() if name == default or _may_run(name)}
+    if len(ways) == 1:
         return default
     if time is None:
         if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
@@ -61,10 +65,15 @@ def choose(
 
 def remembered(key: str, ways: Collection[str], default: str) -> str:
     """What `choose` has chosen before, on this GPU; the default where it has not, or where tuning is off."""
-    if os.environ.get("FORGE_TUNING") == "off" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return default
     way = _known().get(_on_this_gpu(key), default)
-    return way if way in ways else default
+    return way if way in ways and _may_run(way) else default
+
+
+def _may_run(way: str) -> bool:
+    tuning = os.environ.get("FORGE_TUNING")
+    return tuning != "off" and (way not in UNPROVED or tuning == "all")
 
 
 def _on_this_gpu(key: str) -> str:

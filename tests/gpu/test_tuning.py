@@ -82,6 +82,21 @@ def test_off_and_alone_take_the_default(monkeypatch: pytest.MonkeyPatch) -> None
     assert not time.called
 
 
+def test_ways_that_no_gpu_has_run_are_tried_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuning.UNPROVED
+    ways = WAYS | dict.fromkeys(tuning.UNPROVED, lambda: ONE)
+    seen = []
+
+    def time(ways: dict) -> dict:
+        seen.append(set(ways))
+        return {way: 2.0 if way == "slow" else 1.0 for way in ways}
+
+    assert tuning.choose("key", ways, "slow", time) == "fast" and seen == [{"slow", "fast"}]
+    monkeypatch.setenv("FORGE_TUNING", "all")
+    tuning.choose("another key", ways, "slow", time)
+    assert seen[1] == set(ways)
+
+
 def _operands(k: int = 64, n: int = 128, rank: int = 16, group: int = 1, **change: object) -> Operands:
     x, w = torch.zeros(32, n).bfloat16(), torch.zeros(n, k).bfloat16()
     s, a = torch.zeros(32, rank * group).bfloat16(), torch.zeros(rank, k).bfloat16()
