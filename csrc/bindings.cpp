@@ -12,6 +12,7 @@
 
 #include "data/mixer.h"
 #include "data/pack_plan.h"
+#include "data/pack_tree.h"
 #include "data/packer.h"
 
 namespace py = pybind11;
@@ -54,6 +55,21 @@ py::array_t<std::int32_t> make_tiles(const Int32Array& cu_seqlens, std::int32_t 
     tiles = backward ? backward_tiles(offsets, documents, options) : forward_tiles(offsets, documents, options);
   }
   return tiles_to_numpy(tiles);
+}
+
+// (tiles, context) of a pack whose documents continue others; see data/pack_tree.h.
+py::tuple make_tree_tiles(const Int32Array& cu_seqlens, const Int32Array& parents, std::int32_t row_tile,
+                          std::int32_t col_tile, std::int32_t window, bool backward) {
+  const std::int32_t *offsets = cu_seqlens.data(), *parent = parents.data();
+  const std::int64_t documents = parents.size();
+  TreeTiles made;
+  {
+    const py::gil_scoped_release release;
+    const PackTree tree(offsets, parent, documents);
+    const TileOptions options{row_tile, col_tile, true, window};
+    made = backward ? backward_tiles(tree, options) : forward_tiles(tree, options);
+  }
+  return py::make_tuple(tiles_to_numpy(made.tiles), to_numpy(std::move(made.context)));
 }
 
 }  // namespace
@@ -103,6 +119,9 @@ PYBIND11_MODULE(_data, m) {
 
   m.def("make_tiles", &make_tiles, py::arg("cu_seqlens").noconvert(), py::arg("row_tile"), py::arg("col_tile"),
         py::arg("causal"), py::arg("window"), py::arg("backward"));
+
+  m.def("make_tree_tiles", &make_tree_tiles, py::arg("cu_seqlens").noconvert(), py::arg("parents").noconvert(),
+        py::arg("row_tile"), py::arg("col_tile"), py::arg("window"), py::arg("backward"));
 
   py::class_<TokenMixer>(m, "TokenMixer")
       .def(py::init<const std::vector<double>&, std::uint64_t>(), py::arg("shares"), py::arg("seed"))

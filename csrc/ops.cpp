@@ -53,10 +53,11 @@ STABLE_TORCH_LIBRARY(forge, m) {
       " -> (Tensor loss, Tensor counts, Tensor sums, Tensor dhidden, Tensor dhead)");
   m.def(
       "packed_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? tiles, bool causal, int window,"
-      " float softcap, float scale) -> (Tensor out, Tensor lse)");
+      " float softcap, float scale, Tensor? parents=None) -> (Tensor out, Tensor lse)");
   m.def(
       "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor cu_seqlens,"
-      " bool causal, int window, float softcap, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+      " bool causal, int window, float softcap, float scale, Tensor? parents=None)"
+      " -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "decode_attention(Tensor q, Tensor keys, Tensor values, Tensor lengths, int window, float softcap, float scale)"
       " -> Tensor");

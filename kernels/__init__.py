@@ -12,7 +12,7 @@ if __name__ == "forge_core.kernels":
     from .linear_token_logprobs import linear_token_logprobs
     from .lora_linear import lora_linear
     from .pack import PackPlan, TokenMixer, pack_sequences
-    from .packed_attention import packed_attention
+    from .packed_attention import document_positions, packed_attention
     from .policy_gradient_loss import PolicyLoss, policy_gradient_loss
     from .registry import available_backends
     from .rms_norm import rms_norm
@@ -32,6 +32,7 @@ __all__ = [
     "available_backends",
     "decode_attention",
     "decode_layers",
+    "document_positions",
     "empty_cache",
     "frozen_linear",
     "linear_argmax",

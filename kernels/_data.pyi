@@ -11,6 +11,14 @@ def random_permutation(count: int, key: Sequence[int]) -> NDArray[np.int64]: ...
 def make_tiles(
     cu_seqlens: NDArray[np.int32], row_tile: int, col_tile: int, causal: bool, window: int, backward: bool
 ) -> NDArray[np.int32]: ...
+def make_tree_tiles(
+    cu_seqlens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    row_tile: int,
+    col_tile: int,
+    window: int,
+    backward: bool,
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
 
 class TokenMixer:
     def __init__(self, shares: Sequence[float], seed: int) -> None: ...

@@ -58,6 +58,7 @@ class Peer:
         window: int | None,
         softcap: float | None,
         scale: float,
+        parents: Tensor | None = None,
     ) -> list[str]:
         """What keeps the package from taking these inputs."""
         if q.device.type != "cuda":
@@ -74,6 +75,8 @@ class Peer:
             reasons.append(f"takes head dimensions in steps of 8 up to {self.head_dim}, got {q.shape[2]}")
         if softcap is not None and not self.softcap:
             reasons.append("has no softcap")
+        if parents is not None:
+            reasons.append("has no documents that continue others (parents)")
         if plan is None:
             reasons.append("wants plan=, for the length of the longest document")
         if self.torch_names:
@@ -96,6 +99,7 @@ class Peer:
         window: int | None,
         softcap: float | None,
         scale: float,
+        parents: Tensor | None = None,
     ) -> Tensor:
         """Calls the package's function on the rows of documents."""
         check_plan(plan, cu_seqlens, q.shape[0])

@@ -130,15 +130,20 @@ class PackPlan:
         q_tile, kv_tile: rows of a query tile and of a key tile, counted from each document's first row.
         causal: query i sees keys j <= i of its document; otherwise both directions.
         window: i - window < j (causal) or |i - j| < window; None for no limit.
+        parents: int32 [documents], the document that each one continues, before it, or -1 (see packed_attention); None
+            where none does.
 
     Attributes:
         forward: int32 [tiles, 8], one row per query tile with the columns of `COLUMNS`: rows are queries, cols
             the keys they read. Keys in [full_start, full_end) are visible to every query: no mask needed there.
         backward: the same with rows = keys and cols = the queries that read them (dK, dV without atomics).
+        forward_context, backward_context: with parents, the columns that tiles have beside those of their own row, in
+            other documents; see `tiles_and_context`.
 
     Raises:
-        TypeError: cu_seqlens is not int32.
-        ValueError: cu_seqlens does not start at 0 or falls, a tile or the window is below 1.
+        TypeError: cu_seqlens or parents are not int32.
+        ValueError: cu_seqlens does not start at 0 or falls, a parent does not come before its document or there are
+            parents without causal, a tile or the window is below 1.
     """
 
     cu_seqlens: NDArray[np.int32]
@@ -146,8 +151,11 @@ class PackPlan:
     kv_tile: int = 64
     causal: bool = True
     window: int | None = None
+    parents: NDArray[np.int32] | None = None
     forward: NDArray[np.int32] = field(init=False, repr=False)
     backward: NDArray[np.int32] = field(init=False, repr=False)
+    forward_context: NDArray[np.int32] | None = field(init=False, repr=False)
+    backward_context: NDArray[np.int32] | None = field(init=False, repr=False)
 
     COLUMNS = ("document", "row_start", "row_end", "col_start", "col_end", "full_start", "full_end", "area")
 
@@ -166,16 +174,50 @@ class PackPlan:
             if value is not None and not 1 <= value < 2**31:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         object.__setattr__(self, "cu_seqlens", cu_seqlens)
+        if self.parents is not None:
+            object.__setattr__(self, "parents", self._checked_parents())
         for name, backward in (("forward", False), ("backward", True)):
             rows, cols = (self.kv_tile, self.q_tile) if backward else (self.q_tile, self.kv_tile)
-            own = self.tiles(rows, cols, backward=backward, causal=self.causal, window=self.window)
-            object.__setattr__(self, name, own)
+            made = self.tiles_and_context(rows, cols, backward=backward, causal=self.causal, window=self.window)
+            object.__setattr__(self, name, made[0])
+            object.__setattr__(self, f"{name}_context", made[1])
 
     def tiles(
         self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None
     ) -> NDArray[np.int32]:
         """A list as `forward` or `backward` for other tile sizes, causality and window; int32 [tiles, 8]."""
-        return _data.make_tiles(self.cu_seqlens, row_tile, col_tile, causal, window or 0, backward)
+        return self.tiles_and_context(row_tile, col_tile, backward=backward, causal=causal, window=window)[0]
+
+    def tiles_and_context(
+        self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
+        """`tiles`, and with parents the further columns of each, in documents that it continues or that continue it.
+
+        Returns:
+            (tiles int32 [tiles, 8], context int32 [tiles + 1 + 5 * ranges]). `context[t]:context[t + 1]` are the places
+            in `context` of tile t's ranges, of five numbers each: col_start, col_end, full_start, full_end as in
+            `COLUMNS`, and gap. In a range key j is visible to query i iff it is to query `i - gap` by the rule of one
+            document; gap is 0 without a window. Without one a tile of `backward` may also reach past its document,
+            into those behind it that continue it.
+        """
+        if self.parents is None:
+            return _data.make_tiles(self.cu_seqlens, row_tile, col_tile, causal, window or 0, backward), None
+        return _data.make_tree_tiles(self.cu_seqlens, self.parents, row_tile, col_tile, window or 0, backward)
+
+    def _checked_parents(self) -> NDArray[np.int32]:
+        parents, documents = np.ascontiguousarray(self.parents), self.cu_seqlens.size - 1
+        if parents.dtype != np.int32 or parents.shape != (documents,):
+            raise TypeError(
+                f"parents: got {parents.dtype} {list(parents.shape)}, expected int32 [documents], here [{documents}]"
+            )
+        bad = np.flatnonzero((parents < -1) | (parents >= np.arange(documents)))
+        if bad.size:
+            raise ValueError(
+                f"parents: got {parents[bad[0]]} at index {bad[0]}, expected -1, or a document before {bad[0]}"
+            )
+        if not self.causal:
+            raise ValueError("causal: got False with parents: a document would have to see those that continue it")
+        return parents
 
     @property
     def tokens(self) -> int:

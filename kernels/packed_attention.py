@@ -21,6 +21,7 @@ def packed_attention(
     v: Tensor,
     cu_seqlens: Tensor,
     *,
+    parents: Tensor | None = None,
     plan: PackPlan | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -28,7 +29,7 @@ def packed_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of each token to the tokens of its own document in a pack of several.
+    """Attention of each token to the tokens of its own document, and of those it continues, in a pack of several.
 
     `softmax(mask(cap(scale * q k^T))) v` (Vaswani et al., arXiv 1706.03762, equation 1), in float32 (float64 for
     float64 inputs). Query head h reads key/value head `h // (q_heads / kv_heads)` (grouped queries, arXiv 2305.13245).
@@ -40,10 +41,15 @@ def packed_attention(
         cu_seqlens: int32 [documents + 1]: document i is rows `cu_seqlens[i]:cu_seqlens[i + 1]`. Starts at 0 and never
             decreases; empty documents are legal. Rows from `cu_seqlens[-1]` on are never read and come back zero, with
             zero gradients.
-        plan: PackPlan of these cu_seqlens, made once per pack; without it the op makes its own list of tiles: on a GPU
-            by some thirty small kernels, once a call. Any plan serves: its tile sizes, causal and window only decide
-            which tiles start first ("cpp") or are replaced ("triton", which uploads it at its first use).
-        causal: query i of a document sees keys j <= i; otherwise all of them.
+        parents: int32 [documents]: the document that each one continues, which must come before it, or -1. A document
+            sees all rows of its parent, of that one's parent and so on, then its own: with `[-1, 0, 0]` documents 1 and
+            2 are two candidates after one prompt, computed once, with the values and gradients of two rows "prompt,
+            candidate". A window counts on from the parent, as rope has to: `document_positions` gives the positions.
+        plan: PackPlan of these cu_seqlens and parents, made once per pack; without it the op makes its own list of
+            tiles: on a GPU by some thirty small kernels, once a call. Any plan serves: its tile sizes, causal and
+            window only decide which tiles start first ("cpp") or are replaced ("triton", which uploads it at its first
+            use, and wants one where there are parents).
+        causal: query i of a document sees keys j <= i; otherwise all of them, and there can be no parents.
         window: query i sees only keys with i - window < j <= i (causal) or |i - j| < window; >= 1.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2, arXiv 2408.00118); > 0.
         scale: factor of q k^T; default `d ** -0.5`.
@@ -56,16 +62,17 @@ def packed_attention(
         [tokens, q_heads, d], dtype of q.
 
     Raises:
-        ValueError: shapes or dtypes do not match, cu_seqlens is not as described, window or softcap is out of range, or
-            the named backend cannot take the inputs.
+        ValueError: shapes or dtypes do not match, cu_seqlens or parents are not as described, window or softcap is out
+            of range, or the named backend cannot take the inputs.
     """
     _check_tensors(q, k, v, cu_seqlens)
+    _check_parents(parents, cu_seqlens, plan, causal)
     if window is not None and window < 1:
         raise ValueError(f"window: got {window}, expected at least 1 (a query always sees its own key), or None")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, cu_seqlens, plan, causal, window, softcap, scale)
+    inputs = (q, k, v, cu_seqlens, plan, causal, window, softcap, scale, parents)
     if backend == "auto" and q.is_cuda:
         backend = _measured(inputs)
     return OP.select(backend, *inputs)(*inputs)
@@ -76,6 +83,32 @@ def _measured(inputs: tuple) -> str:
     names = ("triton", *attention_hopper.NAMES)
     ways = {name: OP.backends[name].run for name in names if not OP.backends[name].not_supported_reasons(*inputs)}
     return attention_hopper.fastest(ways, inputs) if "triton" in ways and len(ways) > 1 else "auto"
+
+
+def document_positions(tokens: int, cu_seqlens: Tensor, parents: Tensor | None = None) -> Tensor:
+    """Position of each token of a pack in its document, or behind the documents that this one continues, for rope.
+
+    Args:
+        tokens: rows of the pack; those past the last document count on from `cu_seqlens[-1]`.
+        cu_seqlens, parents: as in packed_attention. With bounds [0, 3, 5, 6] and parents [-1, 0, 0] the positions are
+            0 1 2, 3 4, 3.
+
+    Returns:
+        int64 [tokens], on the device of cu_seqlens, which is not waited for.
+    """
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    starts = cu_seqlens.to(torch.int64)
+    document = torch.searchsorted(starts, index, right=True) - 1
+    offsets = index - starts[document]
+    if parents is None or parents.shape[0] == 0:
+        return offsets
+    # Rows of the 1, 2, 4, ... next ancestors, up to as many as there are documents; the last entry is no document.
+    parent = torch.cat([parents, parents.new_full((1,), -1)]).to(torch.int64)
+    before = torch.cat([starts.diff(), starts.new_zeros(1)])[parent]
+    for _ in range(parents.shape[0].bit_length()):
+        before = before + before[parent]
+        parent = parent[parent]
+    return offsets + before[document]
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -101,6 +134,25 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens: got a tensor on {cu_seqlens.device}, expected the device of q, {q.device}")
 
 
+def _check_parents(parents: Tensor | None, cu_seqlens: Tensor, plan: PackPlan | None, causal: bool) -> None:
+    if plan is not None and (plan.parents is None) != (parents is None):
+        made, expected = ("without", "with") if plan.parents is None else ("with", "without")
+        raise ValueError(f"plan: got one made {made} parents, expected one {expected} them, as the call")
+    if parents is None:
+        return
+    if parents.dtype != torch.int32 or parents.shape != (cu_seqlens.shape[0] - 1,):
+        raise ValueError(
+            f"parents: got {parents.dtype} of shape {list(parents.shape)}, expected int32 [documents], here "
+            f"[{cu_seqlens.shape[0] - 1}]"
+        )
+    if parents.device != cu_seqlens.device:
+        raise ValueError(
+            f"parents: got a tensor on {parents.device}, expected the device of cu_seqlens, {cu_seqlens.device}"
+        )
+    if not causal:
+        raise ValueError("causal: got False with parents: a document would have to see those that continue it")
+
+
 def _run_cpp(
     q: Tensor,
     k: Tensor,
@@ -111,9 +163,11 @@ def _run_cpp(
     window: int | None,
     softcap: float | None,
     scale: float,
+    parents: Tensor | None = None,
 ) -> Tensor:
     tiles = None if plan is None else torch.from_numpy(plan.forward)
-    return torch.ops.forge.packed_attention(q, k, v, cu_seqlens, tiles, causal, window or 0, softcap or 0.0, scale)[0]
+    limits = (window or 0, softcap or 0.0)
+    return torch.ops.forge.packed_attention(q, k, v, cu_seqlens, tiles, causal, *limits, scale, parents)[0]
 
 
 def _run_triton(
@@ -126,18 +180,20 @@ def _run_triton(
     window: int | None,
     softcap: float | None,
     scale: float,
+    parents: Tensor | None = None,
 ) -> Tensor:
     if scale < 0:  # the kernels take the largest logit from the largest product
         q, scale = -q, -scale
-    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window)
-    return torch.ops.forge_triton.packed_attention(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale)[0]
+    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, parents=parents)
+    lists, context, limits = tiles[:3], tiles[3:], (window or 0, softcap or 0.0)
+    return torch.ops.forge_triton.packed_attention(q, k, v, *lists, causal, *limits, scale, *context)[0]
 
 
 def _cpp_reasons(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> list[str]:
     return cpp_reasons(q, k, v)
 
 
-def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> list[str]:
+def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, _: Tensor, plan: PackPlan | None, *options: object) -> list[str]:
     reasons = triton_reasons(q, k, v)
     if q.shape[2] > 256:
         reasons.append(f"takes head dimensions up to 256, got {q.shape[2]}")
@@ -145,6 +201,8 @@ def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> list[
         reasons.append(
             f"takes up to {max_group(q)} query heads to a key/value head here, got {q.shape[1] // k.shape[1]}"
         )
+    if options[-1] is not None and (plan is None or torch.compiler.is_compiling()):
+        reasons.append("wants plan= where there are parents, and takes them outside of torch.compile alone")
     if q.shape[0] * q.shape[1] >= 2**31:
         reasons.append(f"takes fewer than 2^31 rows, got {q.shape[0]} tokens of {q.shape[1]} heads")
     return reasons
@@ -160,8 +218,9 @@ def _run_reference(
     window: int | None,
     softcap: float | None,
     scale: float,
+    parents: Tensor | None = None,
 ) -> Tensor:
-    return reference.packed_attention(q, k, v, cu_seqlens, causal, window, softcap, scale)
+    return reference.packed_attention(q, k, v, cu_seqlens, causal, window, softcap, scale, parents)
 
 
 OP.register("cpp", _run_cpp, _cpp_reasons)
@@ -183,6 +242,7 @@ def _fake(
     window: int,
     softcap: float,
     scale: float,
+    parents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float64)
 
@@ -198,19 +258,21 @@ def _fake_backward(
     window: int,
     softcap: float,
     scale: float,
+    parents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, _, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, output[1], cu_seqlens)
+    q, k, v, cu_seqlens, _, *ctx.options, parents = inputs
+    ctx.save_for_backward(q, k, v, output[1], cu_seqlens, parents)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
-    gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None, None, None
+    *saved, parents = ctx.saved_tensors
+    gradients = ops.packed_attention_backward(dout, *saved, *ctx.options, parents)
+    return *gradients, None, None, None, None, None, None, None
 
 
 register_op("packed_attention", _fake, _backward, _setup_context)
@@ -219,6 +281,7 @@ register_op("packed_attention_backward", _fake_backward)
 
 # The Triton ops take the tile lists of their three kernels, and keep the output for the backward pass.
 _TILES = "Tensor dq_tiles, Tensor dkdv_tiles, bool causal, int window, float softcap, float scale"
+_CONTEXT = "Tensor? dq_context=None, Tensor? dkdv_context=None"
 
 
 def _fake_triton(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -232,22 +295,24 @@ def _fake_triton_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: obj
 
 
 def _setup_triton_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles)
+    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, dq_context, dkdv_context = inputs
+    ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles, dq_context, dkdv_context)
     ctx.mark_non_differentiable(output[1])
 
 
 def _triton_backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
-    gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None, None, None, None
+    *saved, dq_context, dkdv_context = ctx.saved_tensors
+    gradients = ops.packed_attention_backward(dout, *saved, *ctx.options, dq_context, dkdv_context)
+    return *gradients, *[None] * 10
 
 
 register_op(
     "packed_attention", _fake_triton, _triton_backward, _setup_triton_context, gpu="packed_attention",
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, {_TILES}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, {_TILES}, Tensor? forward_context=None, {_CONTEXT})"
+    " -> (Tensor, Tensor)",
 )  # fmt: skip
 register_op(
     "packed_attention_backward", _fake_triton_backward, gpu="packed_attention",
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_TILES}) -> (Tensor, Tensor, Tensor)",
+    f"{_TILES}, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip

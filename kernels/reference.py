@@ -298,18 +298,27 @@ def packed_attention(
     window: int | None,
     softcap: float | None,
     scale: float,
+    parents: Tensor | None = None,
 ) -> Tensor:
-    """`softmax(mask(cap(scale * q k^T))) v` inside each document, one document at a time."""
+    """`softmax(mask(cap(scale * q k^T))) v` inside each document, one at a time, behind its ancestors' keys."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] > q.shape[0] or any(begin > end for begin, end in pairwise(bounds)):
         raise ValueError(
             f"cu_seqlens: got {bounds}, expected offsets that start at 0, never decrease and end at most at "
             f"{q.shape[0]}, the number of tokens"
         )
-    outputs = []
+    continued = [-1] * (len(bounds) - 1) if parents is None else parents.tolist()
+    for document, parent in enumerate(continued):
+        if not -1 <= parent < document:
+            raise ValueError(f"parents: got {parent} at index {document}, expected -1, or a document before {document}")
     # The extra empty document keeps the result differentiable when there is no other.
-    for begin, end in pairwise([0, *bounds]):
+    outputs = [torch.zeros_like(q[:0])]
+    keys: list[tuple[Tensor, Tensor]] = []  # what a document sees
+    for (begin, end), parent in zip(pairwise(bounds), continued, strict=True):
         q_doc, k_doc, v_doc = (x[begin:end].to(compute_dtype(q)) for x in (q, k, v))
+        if parent >= 0:
+            k_doc, v_doc = (torch.cat(pair) for pair in zip(keys[parent], (k_doc, v_doc), strict=True))
+        keys.append((k_doc, v_doc))
         outputs.append(_attend(q_doc, k_doc, v_doc, causal, window, softcap, scale).to(q.dtype))
     outputs.append(torch.zeros_like(q[bounds[-1] :]))
     return torch.cat(outputs)
@@ -318,13 +327,15 @@ def packed_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float | None, scale: float
 ) -> Tensor:
+    """The queries belong to the last of the keys."""
     length, heads, d = q.shape
     # Query head h reads key/value head h // group.
     grouped = q.view(length, k.shape[1], heads // k.shape[1], d)
     logits = torch.einsum("ihgd,jhd->hgij", grouped, k) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    position = torch.arange(k.shape[0], device=q.device)
+    distance = position[k.shape[0] - length :, None] - position
     hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
     if window is not None:
         hidden = hidden | (distance.abs() >= window)

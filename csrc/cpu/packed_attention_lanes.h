@@ -9,21 +9,31 @@ namespace forge::FORGE_ISA {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Positions of the keys that the query of a row of the pack sees.
 inline int64_t first_key(const AttentionShape& s, const AttentionTask& t, int64_t query) {
-  return s.window > 0 ? larger(t.first, query - s.window + 1) : t.first;
+  return s.window > 0 ? larger(0, query - t.origin() - s.window + 1) : 0;
 }
 
 inline int64_t key_end(const AttentionShape& s, const AttentionTask& t, int64_t query) {
-  if (s.causal) return query + 1;
-  return s.window > 0 ? smaller(t.last, query + s.window) : t.last;
+  if (s.causal) return query - t.origin() + 1;
+  return s.window > 0 ? smaller(t.own().end, query - t.origin() + s.window) : t.own().end;
 }
+
+// The rows of the pack that hold the keys of a task, whose positions are asked for in rising order.
+struct KeyRows {
+  const KeySpan* span;
+  int64_t operator()(int64_t position) {
+    while (position >= span->end) ++span;
+    return span->row + position - span->start;
+  }
+};
 
 // The rows of a query tile: row r of the document and key/value head is token r / group, query head r % group.
 struct Lanes {
   int64_t count;  // at most kLanes; the other lanes see what the last one sees, and their queries are zero
   int64_t token[kLanes], head[kLanes];
-  alignas(64) int32_t first_key[kLanes], key_end[kLanes];  // visible keys, counted from the document's first row
-  int64_t keys_from, keys_to;                              // rows of the pack that some lane sees
+  alignas(64) int32_t first_key[kLanes], key_end[kLanes];  // positions of visible keys
+  int64_t keys_from, keys_to;                              // those that some lane sees
   int64_t full_from, full_to;                              // and those that all lanes see
 };
 
@@ -33,8 +43,8 @@ inline void set_lanes(const AttentionShape& s, const AttentionTask& t, int64_t r
   for (int64_t i = 0; i < kLanes; ++i) {
     lanes.token[i] = token;
     lanes.head[i] = t.kv_head * s.group + head;
-    lanes.first_key[i] = static_cast<int32_t>(first_key(s, t, token) - t.first);
-    lanes.key_end[i] = static_cast<int32_t>(key_end(s, t, token) - t.first);
+    lanes.first_key[i] = static_cast<int32_t>(first_key(s, t, token));
+    lanes.key_end[i] = static_cast<int32_t>(key_end(s, t, token));
     if (i + 1 < lanes.count && ++head == s.group) {
       head = 0;
       ++token;
@@ -59,11 +69,11 @@ inline void cap(float* logits, float* slope, int64_t keys, float scale, float so
 }
 
 template <class T>
-void sum_partials(const float* const* sources, int64_t parts, int64_t count, T* target) {
+void sum_partials(const float* const* sources, int64_t parts, int64_t count, float factor, T* target) {
   for (int64_t i = 0; i < count; ++i) {
     float sum = 0;
     for (int64_t part = 0; part < parts; ++part) sum += sources[part][i];
-    target[i] = from_float<T>(sum);
+    target[i] = from_float<T>(factor * sum);
   }
 }
 

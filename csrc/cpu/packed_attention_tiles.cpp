@@ -14,11 +14,12 @@ namespace {
 
 inline int64_t padded(int64_t d) { return (d + kVectorFloats - 1) / kVectorFloats * kVectorFloats; }
 
-// [rows, d] -> float32 [rows, stride], columns past d zero.
+// The rows of one head at `count` positions from `first` on -> float32 [count, stride], columns past d zero.
 template <class T>
-void widen(const T* x, int64_t x_stride, int64_t rows, int64_t d, float* y, int64_t y_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* from = x + r * x_stride;
+void widen(Heads<const T> x, int64_t head, KeyRows rows, int64_t first, int64_t count, int64_t d, float* y,
+           int64_t y_stride) {
+  for (int64_t r = 0; r < count; ++r) {
+    const T* from = x.data + rows(first + r) * x.token_stride + head * x.head_stride;
     float* to = y + r * y_stride;
 #pragma omp simd
     for (int64_t i = 0; i < d; ++i) to[i] = to_float(from[i]);
@@ -143,12 +144,12 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, 
     }
     for (int64_t from = lanes.keys_from; from < lanes.keys_to; from += kKeys) {
       const int64_t count = smaller(kKeys, lanes.keys_to - from);
-      widen(k.data + from * k.token_stride + t.kv_head * k.head_stride, k.token_stride, count, d, keys, stride);
-      widen(v.data + from * v.token_stride + t.kv_head * v.head_stride, v.token_stride, count, d, values, stride);
+      widen(k, t.kv_head, {t.spans}, from, count, d, keys, stride);
+      widen(v, t.kv_head, {t.spans}, from, count, d, values, stride);
       tile_matmul({keys, stride, 1}, q_columns, kLanes, logits, kLanes, count, kLanes, d, false);
       if (s.softcap > 0) cap(logits, nullptr, count, 1.0f, s.softcap);
       if (from < lanes.full_from || from + count > lanes.full_to) {
-        mask(lanes, from - t.first, count, -__builtin_inff(), logits);
+        mask(lanes, from, count, -__builtin_inff(), logits);
       }
       softmax_step(logits, count, maximum, sum, decay);
       tile_matmul({values, 1, stride}, logits, kLanes, o_columns, kLanes, d, kLanes, count,
@@ -193,9 +194,8 @@ inline void row_offsets(const float* p, const float* dp, int64_t keys, float* of
   for (int64_t i = 0; i < kLanes; ++i) offset[i] = static_cast<float>(weighted[i] / sum[i]);
 }
 
-// Queries [begin, end) of one document and key/value head: their dq, and what they give to dk and dv. With P the
-// probabilities: dS = P * (dout v^T - D) * slope of the cap; dq = scale dS k; dk = scale dS^T q; dv = P^T dout
-// (arXiv 2205.14135, appendix B.4).
+// The queries of a task: their dq, and what they give to dk and dv. With P the probabilities: dS = P * (dout v^T - D)
+// * slope of the cap; dq = scale dS k; dk = scale dS^T q; dv = P^T dout (arXiv 2205.14135, appendix B.4).
 template <class T>
 void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q, Heads<const T> k, Heads<const T> v,
               Heads<const T> dout, const double* lse, T* dq, T* dk, T* dv, float* scratch) {
@@ -217,12 +217,12 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q,
   float* ds = p + kLanes * key_count;
   float* slope = ds + kLanes * key_count;
   if (t.partial != nullptr) {
-    dkeys = t.partial + (key_from - t.first) * stride;
-    dvalues = dkeys + (t.last - t.first) * stride;
+    dkeys = t.partial + key_from * stride;
+    dvalues = dkeys + t.partial_rows * stride;
   }
-  widen(k.data + key_from * k.token_stride + t.kv_head * k.head_stride, k.token_stride, key_count, d, keys, stride);
-  widen(v.data + key_from * v.token_stride + t.kv_head * v.head_stride, v.token_stride, key_count, d, values, stride);
-  for (int64_t i = 0; i < key_count * stride; ++i) dkeys[i] = dvalues[i] = 0;
+  widen(k, t.kv_head, {t.spans}, key_from, key_count, d, keys, stride);
+  widen(v, t.kv_head, {t.spans}, key_from, key_count, d, values, stride);
+  for (int64_t i = larger(0, t.zero_from - key_from) * stride; i < key_count * stride; ++i) dkeys[i] = dvalues[i] = 0;
 
   Lanes lanes;
   for (int64_t row = t.begin * s.group; row < t.end * s.group; row += kLanes) {
@@ -244,7 +244,7 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q,
       tile_matmul({values + at, stride, 1}, dout_columns, kLanes, ds + tile, kLanes, count, kLanes, d, false);
       if (s.softcap > 0) cap(p + tile, slope + tile, count, 1.0f, s.softcap);
       if (from < lanes.full_from || from + count > lanes.full_to) {
-        mask(lanes, from - t.first, count, -__builtin_inff(), p + tile);
+        mask(lanes, from, count, -__builtin_inff(), p + tile);
       }
       for (int64_t j = 0; j < count; ++j) {
         float* x = p + tile + j * kLanes;
@@ -278,10 +278,9 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q,
     for (int64_t i = 0; i < kLanes; ++i) offset[i] = s.scale;
     scatter(lanes, dq_columns, offset, s.q_heads, d, q_rows, stride, dq);
   }
-  if (t.partial != nullptr) return;
   const int64_t kv_heads = s.q_heads / s.group;
-  for (int64_t r = 0; r < key_count; ++r) {
-    const int64_t to = ((key_from + r) * kv_heads + t.kv_head) * d;
+  for (int64_t r = larger(0, t.final_from - key_from); r < key_count; ++r) {
+    const int64_t to = ((t.origin() + key_from + r) * kv_heads + t.kv_head) * d;
 #pragma omp simd
     for (int64_t j = 0; j < d; ++j) {
       dk[to + j] = from_float<T>(dkeys[r * stride + j]);
@@ -290,9 +289,12 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const T> q,
   }
 }
 
+inline float partial_dk_factor(const AttentionShape&) { return 1.0f; }  // q is scaled when it is read
+
 template <class T>
-constexpr PackedAttentionKernels<T> table{&packed_size, nullptr, &forward_scratch, &forward<T>, &backward_scratch,
-                                          &backward<T>, &sum_partials<T>, &padded};
+constexpr PackedAttentionKernels<T> table{&packed_size,      nullptr,      &forward_scratch,   &forward<T>,
+                                          &backward_scratch, &backward<T>, &partial_dk_factor, &sum_partials<T>,
+                                          &padded};
 const RegisterKernels<PackedAttentionKernels<float>> register_float(table<float>);
 const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16(table<bf16>);
 

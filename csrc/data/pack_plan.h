@@ -68,6 +68,31 @@ inline std::int64_t queries_before(std::int64_t row, std::int64_t length, const 
   return sum_of_ends(row, length, reach) - triangle(options.causal ? row - 1 : row - reach);
 }
 
+// The tile of rows [row, end) of document d, counted from its first row, whose columns are `length` rows from there on.
+template <typename Visible, typename PairsBefore>
+Tile make_tile(std::int64_t d, std::int64_t base, std::int64_t row, std::int64_t end, std::int64_t length,
+               const TileOptions& options, Visible visible, PairsBefore pairs_before) {
+  const Range first = visible(row, length, options);
+  const Range last = visible(end - 1, length, options);
+  const std::int64_t tile = options.col_tile;
+  // Both ends of the visible range move forward with the row, so the union is [first.first, last.last) and the columns
+  // that all rows see are [last.first, first.last).
+  const std::int64_t col_start = first.first / tile * tile;
+  const std::int64_t full_start = (last.first + tile - 1) / tile * tile;
+  const std::int64_t inner = std::min(first.last, last.last);
+  const std::int64_t full_end = inner == length ? inner : inner / tile * tile;
+  const std::int64_t area = pairs_before(end, length, options) - pairs_before(row, length, options);
+  const bool any_full = full_start < full_end;
+  return {static_cast<std::int32_t>(d),
+          static_cast<std::int32_t>(base + row),
+          static_cast<std::int32_t>(base + end),
+          static_cast<std::int32_t>(base + col_start),
+          static_cast<std::int32_t>(base + last.last),
+          static_cast<std::int32_t>(base + (any_full ? full_start : col_start)),
+          static_cast<std::int32_t>(base + (any_full ? full_end : col_start)),
+          static_cast<std::int32_t>(std::min<std::int64_t>(area, INT32_MAX))};
+}
+
 template <typename Visible, typename PairsBefore>
 std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t documents, const TileOptions& options,
                              Visible visible, PairsBefore pairs_before) {
@@ -77,23 +102,7 @@ std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t docume
     const std::int64_t length = cu_seqlens[d + 1] - base;
     for (std::int64_t row = 0; row < length; row += options.row_tile) {
       const std::int64_t end = std::min<std::int64_t>(length, row + options.row_tile);
-      const Range first = visible(row, length, options);
-      const Range last = visible(end - 1, length, options);
-      const std::int64_t tile = options.col_tile;
-      // Both ends of the visible range move forward with the row, so the union is [first.first, last.last) and
-      // the columns that all rows see are [last.first, first.last).
-      const std::int64_t col_start = first.first / tile * tile;
-      const std::int64_t full_start = (last.first + tile - 1) / tile * tile;
-      const std::int64_t inner = std::min(first.last, last.last);
-      const std::int64_t full_end = inner == length ? inner : inner / tile * tile;
-      const std::int64_t area = pairs_before(end, length, options) - pairs_before(row, length, options);
-      const bool any_full = full_start < full_end;
-      tiles.push_back({static_cast<std::int32_t>(d), static_cast<std::int32_t>(base + row),
-                       static_cast<std::int32_t>(base + end), static_cast<std::int32_t>(base + col_start),
-                       static_cast<std::int32_t>(base + last.last),
-                       static_cast<std::int32_t>(base + (any_full ? full_start : col_start)),
-                       static_cast<std::int32_t>(base + (any_full ? full_end : col_start)),
-                       static_cast<std::int32_t>(std::min<std::int64_t>(area, INT32_MAX))});
+      tiles.push_back(make_tile(d, base, row, end, length, options, visible, pairs_before));
     }
   }
   // Longest processing time first; ties keep pack order, which keeps a document's keys warm in cache.

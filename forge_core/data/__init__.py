@@ -3,7 +3,7 @@
 from .build import build_token_store, load_rows
 from .chat_template import ChatTemplate, ChatTemplateError
 from .load import BatchStream, iterate_packs
-from .pack import PackedBatch
+from .pack import AnswerRows, PackedBatch, answer_rows
 from .read import DataError, Record, read_records
 from .sanitize import sanitize_conversation, sanitize_text
 from .store import TokenStore
@@ -12,6 +12,7 @@ from .transform import Conversation, Message, TextRow, to_conversation
 from .validate import Problem, raise_problems, validate_conversations
 
 __all__ = [
+    "AnswerRows",
     "BatchStream",
     "ChatTemplate",
     "ChatTemplateError",
@@ -24,6 +25,7 @@ __all__ = [
     "TextRow",
     "TokenStore",
     "Tokenizer",
+    "answer_rows",
     "build_token_store",
     "iterate_packs",
     "load_rows",

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +75,58 @@ def assemble_pack(sample_ids: Sequence[tuple[int, int]], stores: Sequence[TokenS
         torch.from_numpy(source_ids),
         torch.from_numpy(cu_seqlens),
         list(sample_ids),
+    )
+
+
+class AnswerRows(NamedTuple):
+    """Which row of a pack predicts which token of the documents that continue others.
+
+    Attributes:
+        rows: int64 [n], the row whose hidden state predicts the token.
+        tokens: int64 [n], the row of the token: where per-token values of the pack lie.
+        cu_seqlens: int32 [documents + 1], which of the n belong to each document; none to one that continues no other.
+    """
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+def answer_rows(cu_seqlens: torch.Tensor, parents: torch.Tensor) -> AnswerRows:
+    """Rows and tokens for a loss over the answers of a pack that holds their prompt once.
+
+    A token is predicted by the row before it, the first one of an answer by the last row of the prompt: once for each
+    answer, so that this row has several targets and the loss takes gathered rows. With a prompt in rows 0 to 2 and two
+    answers, cu_seqlens [0, 3, 5, 6] and parents [-1, 0, 0], the result is rows 2 3 2, tokens 3 4 5, cu_seqlens 0 0 2 3:
+
+        hidden = model(input_ids, cu_seqlens, parents=parents)
+        answers = answer_rows(cu_seqlens, parents)
+        policy_gradient_loss(
+            hidden[answers.rows], model.lm_head_weight, input_ids[answers.tokens], advantages[answers.tokens],
+            old_logprobs[answers.tokens], objective="sequence_clip", cu_seqlens=answers.cu_seqlens)
+
+    Tokens without loss, such as those of a tool in a longer conversation, are left out by a mask over `tokens`.
+
+    Args:
+        cu_seqlens: int32 [documents + 1] of the pack.
+        parents: int32 [documents], the document that each one continues, before it, or -1.
+
+    Returns:
+        AnswerRows on the CPU, documents in their order. A first token behind nothing but empty documents is left out.
+    """
+    rows, tokens, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [0]
+    last_rows: list[int] = []  # of each document and what it continues; -1 for none
+    for (begin, end), parent in zip(pairwise(cu_seqlens.tolist()), parents.tolist(), strict=True):
+        before = last_rows[parent] if parent >= 0 else -1
+        last_rows.append(end - 1 if end > begin else before)
+        first = end if parent < 0 else begin + (before < 0)
+        tokens.append(np.arange(first, end))
+        rows.append(np.where(tokens[-1] == begin, before, tokens[-1] - 1))
+        counts.append(tokens[-1].size)
+    return AnswerRows(
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(np.concatenate(tokens)),
+        torch.from_numpy(np.cumsum(counts, dtype=np.int32)),
     )
 
 

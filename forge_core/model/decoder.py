@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from forge_core.kernels import frozen_linear, packed_attention, rope, swiglu
+from forge_core.kernels import document_positions, frozen_linear, packed_attention, rope, swiglu
 
 from .config import ModelConfig
 from .layers import Embedding, Linear, RMSNorm, project
-from .rotary import RotaryTables, document_positions
+from .rotary import RotaryTables
 
 if TYPE_CHECKING:
     from forge_core.kernels import PackPlan
@@ -40,13 +40,13 @@ class Attend(Protocol):
 
 
 class PackedAttend:
-    """Attention of every token to the earlier tokens of its own document.
+    """Attention of every token to the earlier tokens of its own document, and of those that this one continues.
 
     plan: made for one window; the plans of the other windows of the model follow from it, once per batch.
     """
 
-    def __init__(self, cu_seqlens: Tensor, plan: PackPlan | None) -> None:
-        self.cu_seqlens = cu_seqlens
+    def __init__(self, cu_seqlens: Tensor, plan: PackPlan | None, parents: Tensor | None = None) -> None:
+        self.cu_seqlens, self.parents = cu_seqlens, parents
         self._plan = plan
         self._plans = {} if plan is None else {plan.window: plan}
 
@@ -56,7 +56,7 @@ class PackedAttend:
         if self._plan is not None and window not in self._plans:
             self._plans[window] = replace(self._plan, window=window)
         return packed_attention(
-            q, k, v, self.cu_seqlens,
+            q, k, v, self.cu_seqlens, parents=self.parents,
             plan=self._plans.get(window), window=window, softcap=attention.softcap, scale=attention.scale,
         )  # fmt: skip
 
@@ -216,14 +216,19 @@ class CausalLM(nn.Module):
         """Cap of the logits, `cap * tanh(logits / cap)`; to be passed to the loss as `softcap`."""
         return self.config.logit_softcap
 
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, *, plan: PackPlan | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cu_seqlens: Tensor, *, parents: Tensor | None = None, plan: PackPlan | None = None
+    ) -> Tensor:
         """Hidden states of a pack, after the final norm.
 
         Args:
             input_ids: int64 [tokens].
             cu_seqlens: int32 [documents + 1], document i is tokens cu_seqlens[i]:cu_seqlens[i + 1]. Zero-length
                 documents are legal, tokens past the last one belong to no document.
-            plan: the pack's attention plan where the caller has made one.
+            parents: int32 [documents], the document that each one continues, before it in the pack, or -1. Several
+                answers to one prompt are then computed with the prompt once: see packed_attention, and for the loss
+                `forge_core.data.answer_rows`.
+            plan: the pack's attention plan (with the same parents) where the caller has made one.
 
         Returns:
             [tokens, hidden] in the model's dtype.
@@ -236,8 +241,8 @@ class CausalLM(nn.Module):
                 f"input_ids and cu_seqlens: expected [tokens] and [documents + 1], got {list(input_ids.shape)} and "
                 f"{list(cu_seqlens.shape)}; the model takes packs, not padded batches"
             )
-        positions = document_positions(input_ids.shape[0], cu_seqlens)
-        return self.model(input_ids, positions, PackedAttend(cu_seqlens, plan), self._next_dropout_seed())
+        positions = document_positions(input_ids.shape[0], cu_seqlens, parents)
+        return self.model(input_ids, positions, PackedAttend(cu_seqlens, plan, parents), self._next_dropout_seed())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab], with the final soft cap where the architecture has one."""

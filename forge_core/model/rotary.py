@@ -56,10 +56,3 @@ class RotaryTables:
             angles = (positions.to(torch.float32)[:, None] * frequencies).to(wide)
             tables.append((angles.cos(), angles.sin()))
         return tables
-
-
-def document_positions(tokens: int, cu_seqlens: Tensor) -> Tensor:
-    """Position of each token of a pack inside its document, int64 [tokens]; the tail counts on from cu_seqlens[-1]."""
-    index = torch.arange(tokens, device=cu_seqlens.device)
-    starts = cu_seqlens.to(torch.int64)
-    return index - starts[torch.searchsorted(starts, index, right=True) - 1]

@@ -88,3 +88,18 @@ def edge_columns(i, col_start, full_start, full_end, col_end, BLOCK: tl.constexp
 def edge_blocks(col_start, full_start, full_end, col_end, BLOCK: tl.constexpr):
     """How many blocks the edges have."""
     return tl.cdiv(full_start - col_start, BLOCK) + tl.cdiv(col_end - full_end, BLOCK)
+
+
+@triton.jit
+def context_places(context, kv_heads):
+    """Where the ranges of the program's tile begin and end in the list's context."""
+    tile = context + tl.program_id(0) // kv_heads
+    return tl.load(tile), tl.load(tile + 1)
+
+
+@triton.jit
+def context_range(place, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of a range as those of `tile_bounds`, and its gap."""
+    full_start, full_end = tl.load(place + 2) * UNIT, tl.load(place + 3) * UNIT
+    full_end = full_start + (full_end - full_start) // BLOCK * BLOCK
+    return tl.load(place) * UNIT, full_start, full_end, tl.load(place + 1) * UNIT, tl.load(place + 4)

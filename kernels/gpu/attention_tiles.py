@@ -1,6 +1,13 @@
 """Block sizes of packed_attention's Triton kernels, and their tile lists: a PackPlan's, or made on the device.
 
 A tile owns as many rows as a kernel's block holds, so both are chosen here, before the op is called, without triton.
+
+A pack in which documents continue others (`parents`) has lists of the same rows, int32 [tiles, 8], whose columns are
+those of the tile's own document. Beside each list lies its context, a flat int32 vector with the tile's columns in
+other documents: `context[t]:context[t + 1]` are the places in it of tile t's ranges, five numbers each, (col_start,
+col_end, full_start, full_end, gap); see `PackPlan.tiles_and_context`. A program repeats the loops over the columns of
+its own row for each range, with `query - gap` in the place of `query` where it masks. Without parents there is no
+context, and nothing differs.
 """
 
 from dataclasses import dataclass
@@ -159,13 +166,15 @@ def tile_lists(
     causal: bool,
     window: int | None,
     tiles: tuple[tuple[int, int], ...] | None = None,
+    parents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The lists of the forward, dQ and dK/dV kernels, int32 [tiles, 8] on the device of q.
+    """The lists of the forward, dQ and dK/dV kernels, int32 [tiles, 8] on the device of q; with parents also their
+    contexts.
 
     `tiles` are the sizes of other kernels than Triton's, whose `tile_sizes` are the default.
 
     A plan's are uploaded by its first layer and kept for the others, until the plan goes. Without a plan, and in a
-    compiled graph, where layers share what they compute alike, they are made on the device.
+    compiled graph, where layers share what they compute alike, they are made on the device: not with parents.
     """
     tiles = tiles or tile_sizes(q, k)
     if plan is None or torch.compiler.is_compiling():
@@ -174,7 +183,8 @@ def tile_lists(
     of_plan = _uploaded.setdefault(plan, {})
     key = (q.device, q.shape[0], tiles, causal, window)
     if key not in of_plan:
-        of_plan[key] = _upload(plan, plan_lists(plan, q.shape[0], tiles, causal, window), cu_seqlens)
+        made = _plan_lists(plan, q.shape[0], tiles, causal, window)
+        of_plan[key] = _upload(plan, made, cu_seqlens, parents)
     return of_plan[key]
 
 
@@ -186,7 +196,7 @@ def check_plan(plan: PackPlan, cu_seqlens: Tensor, tokens: int) -> None:
     """
     of_plan = _uploaded.setdefault(plan, {})
     if (cu_seqlens.device, tokens) not in of_plan:
-        of_plan[cu_seqlens.device, tokens] = _upload(plan, plan_lists(plan, tokens, (), True, None), cu_seqlens)
+        of_plan[cu_seqlens.device, tokens] = _upload(plan, _plan_lists(plan, tokens, (), True, None), cu_seqlens)
 
 
 def plan_lists(
@@ -206,15 +216,30 @@ def plan_lists(
     Raises:
         ValueError: the plan has more rows than the pack.
     """
+    return [own for own, _ in _plan_lists(plan, tokens, tiles, causal, window)]
+
+
+_List = tuple[np.ndarray, np.ndarray | None]  # tiles, context
+
+
+def _plan_lists(
+    plan: PackPlan, tokens: int, tiles: tuple[tuple[int, int], ...], causal: bool, window: int | None
+) -> list[_List]:
     if plan.tokens > tokens:
         raise ValueError(f"plan: got one of {plan.tokens} tokens, expected at most {tokens}, the rows of q")
-    made: dict[tuple[int, int, bool], np.ndarray] = {}
+    made: dict[tuple[int, int, bool], _List] = {}
     lists = []
     for i, (rows, cols) in enumerate(tiles):
         kind = (rows, cols, i == len(tiles) - 1)
         if kind not in made:
-            own = plan.tiles(rows, cols, causal=causal, window=window, backward=kind[2])
-            made[kind] = np.concatenate([own, _tail(plan, tokens, rows)]) if plan.tokens < tokens else own
+            own, context = plan.tiles_and_context(rows, cols, causal=causal, window=window, backward=kind[2])
+            if plan.tokens < tokens:
+                tail = _tail(plan, tokens, rows)
+                if context is not None:  # the tiles of the tail have no ranges
+                    context = np.insert(context, len(own), [context[len(own)]] * len(tail))
+                    context[: len(own) + len(tail) + 1] += len(tail)
+                own = np.concatenate([own, tail])
+            made[kind] = (own, context)
         lists.append(made[kind])
     return lists
 
@@ -228,22 +253,30 @@ def _tail(plan: PackPlan, tokens: int, rows: int) -> np.ndarray:
     return tiles
 
 
-def _upload(plan: PackPlan, lists: list[np.ndarray], cu_seqlens: Tensor) -> tuple[Tensor, ...]:
-    """One copy, from one pinned buffer, of cu_seqlens and every list."""
+def _upload(
+    plan: PackPlan, lists: list[_List], cu_seqlens: Tensor, parents: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """One copy, from one pinned buffer, of cu_seqlens, parents, every list and every context."""
     if plan.cu_seqlens.size != cu_seqlens.numel():
         raise ValueError(
             f"plan: got one of {plan.cu_seqlens.size - 1} documents, expected {cu_seqlens.numel() - 1} as in cu_seqlens"
         )
-    parts = [plan.cu_seqlens, *(tiles.reshape(-1) for tiles in lists)]
+    checked = [(plan.cu_seqlens, cu_seqlens, "cu_seqlens")]
+    if plan.parents is not None and parents is not None:
+        checked.append((plan.parents, parents, "parents"))
+    contexts = [context for _, context in lists if context is not None]
+    parts = [*(own for own, _, _ in checked), *(tiles.reshape(-1) for tiles, _ in lists), *contexts]
     buffer = torch.from_numpy(np.concatenate(parts))
     if cu_seqlens.device.type == "cuda":
         buffer = buffer.pin_memory().to(cu_seqlens.device, non_blocking=True)
-    expected, *flat = buffer.split([part.size for part in parts])
-    if cu_seqlens.device.type != "cpu":
-        torch._assert_async((expected == cu_seqlens).all(), "plan: expected one of cu_seqlens")
-    elif not torch.equal(expected, cu_seqlens):
-        raise ValueError(f"plan: got one of cu_seqlens {expected.tolist()}, expected {cu_seqlens.tolist()}")
-    return tuple(tiles.view(-1, _COLUMNS) for tiles in flat)
+    flat = buffer.split([part.size for part in parts])
+    for expected, (_, given, name) in zip(flat, checked, strict=False):
+        if given.device.type != "cpu":
+            torch._assert_async((expected == given).all(), f"plan: expected one of {name}")
+        elif not torch.equal(expected, given):
+            raise ValueError(f"plan: got one of {name} {expected.tolist()}, expected {given.tolist()}")
+    flat = flat[len(checked) :]
+    return *(tiles.view(-1, _COLUMNS) for tiles in flat[: len(lists)]), *flat[len(lists) :]
 
 
 def _require_offsets(cu_seqlens: Tensor, tokens: int) -> None:

@@ -16,6 +16,7 @@ dQ runs before dK/dV and leaves `delta` for it. Nothing is accumulated across pr
     k, v, dk, dv       [tokens, kv_heads, D]
     lse, delta         [kv_heads, tokens * GROUP] float32: log2 of the sum of exponentials, sum(dout * out) of a row
     tiles              int32 [programs / kv_heads, 8]
+    context            int32, where documents continue others (SHARED): each tile's columns in other documents
 
 With float32 inputs (FLOAT32) gradients are to be as exact as plain torch's: lse has a second such array with what the
 first lost to rounding, and delta is the sum of P dP over keys.
@@ -46,6 +47,9 @@ def packed_attention(
     window: int,
     softcap: float,
     scale: float,
+    forward_context: Tensor | None = None,
+    dq_context: Tensor | None = None,
+    dkdv_context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel: out, lse."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -58,9 +62,9 @@ def packed_attention(
     blocks = kernels(q.device, q.dtype, d).forward
     descriptors = _key_descriptors(k, v, blocks.block_n)
     forward_kernel[forward_tiles.shape[0] * kv_heads,](
-        q, k, v, out, lse, *descriptors, forward_tiles, *_factors(softcap, scale), window, tokens, kv_heads,
-        *_strides(q, k, v, out), **_constants(q, k, causal, window, softcap), **_sizes(blocks), EDGE_N=blocks.edge_n,
-        TMA=descriptors[0] is not None,
+        q, k, v, out, lse, *descriptors, forward_tiles, forward_context, *_factors(softcap, scale), window, tokens,
+        kv_heads, *_strides(q, k, v, out), **_constants(q, k, causal, window, softcap), **_sizes(blocks),
+        EDGE_N=blocks.edge_n, SHARED=forward_context is not None, TMA=descriptors[0] is not None,
     )  # fmt: skip
     return out, lse
 
@@ -78,6 +82,9 @@ def packed_attention_backward(
     window: int,
     softcap: float,
     scale: float,
+    dq_context: Tensor | None = None,
+    dkdv_context: Tensor | None = None,
+    *,
     other_dkdv: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the two backward kernels: dq, dk, dv. `other_dkdv(dout, q, k, v, lse, delta)` replaces the second."""
@@ -94,8 +101,9 @@ def packed_attention_backward(
     blocks = configured.dq
     descriptors = _key_descriptors(k, v, blocks.block_n)
     dq_kernel[dq_tiles.shape[0] * kv_heads,](
-        q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, *scalars, *_strides(q, k, v, out, dout),
-        **constants, **_sizes(blocks), EDGE_N=blocks.edge_n, TMA=descriptors[0] is not None,
+        q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, dq_context, *scalars,
+        *_strides(q, k, v, out, dout), **constants, **_sizes(blocks), EDGE_N=blocks.edge_n,
+        SHARED=dq_context is not None, TMA=descriptors[0] is not None,
     )  # fmt: skip
 
     if other_dkdv is not None:
@@ -106,8 +114,8 @@ def packed_attention_backward(
         blocks = configured.dkdv_tight
         descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
     dkdv_kernel[dkdv_tiles.shape[0] * kv_heads,](
-        q, k, v, dout, lse, delta, dk, dv, *descriptors, dkdv_tiles, *scalars, *_strides(q, k, v, dout), **constants,
-        **_sizes(blocks), TMA=descriptors[0] is not None,
+        q, k, v, dout, lse, delta, dk, dv, *descriptors, dkdv_tiles, dkdv_context, *scalars, *_strides(q, k, v, dout),
+        **constants, **_sizes(blocks), SHARED=dkdv_context is not None, TMA=descriptors[0] is not None,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -196,6 +204,8 @@ def workloads() -> list[Workload]:
         ("D 256, window, softcap", 16, 8, 256, True, 512, 50.0), ("D 80", 32, 32, 80, True, 0, 0.0),
         ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0),
         ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0),
+        ("D 128, shared prompts", 32, 8, 128, True, 0, 0.0),
+        ("D 64, shared prompts, window", 32, 8, 64, True, 512, 0.0),
     ]  # fmt: skip
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
         listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)
@@ -213,6 +223,8 @@ def _calls(
     q, kv = meta(tokens, q_heads, d, dtype=dtype), meta(tokens, kv_heads, d, dtype=dtype)
     lse = meta(_lse_parts(dtype), kv_heads, tokens * group, dtype=torch.float32)
     options = (causal, window, softcap, d**-0.5)
+    # Eight candidates of 256 tokens after a prompt of 1024 have as many pairs a token as the documents of 512.
+    context = (meta(4096, dtype=torch.int32),) * 3 if "shared" in name else ()
 
     def tiles(index: int) -> Tensor:
         return meta(16 * math.ceil(512 / tile_sizes(q, kv)[index][0]), 8, dtype=torch.int32)
@@ -222,12 +234,12 @@ def _calls(
     return [
         Workload(
             f"packed_attention: forward {name}, {q_heads}/{kv_heads} heads",
-            lambda: packed_attention(q, kv, kv, tiles(0), tiles(1), tiles(2), *options),
+            lambda: packed_attention(q, kv, kv, tiles(0), tiles(1), tiles(2), *options, *context),
             2 * size + 2 * small, flops, tuple(n for n in wgmma if n == "forward_kernel"),
         ),
         Workload(
             f"packed_attention: backward {name}, {q_heads}/{kv_heads} heads",
-            lambda: packed_attention_backward(q, q, kv, kv, q, lse, tiles(1), tiles(2), *options),
+            lambda: packed_attention_backward(q, q, kv, kv, q, lse, tiles(1), tiles(2), *options, *context[1:]),
             4 * size + 4 * small, flops * 5 // 2, tuple(n for n in wgmma if n != "forward_kernel"),
         ),
     ]  # fmt: skip

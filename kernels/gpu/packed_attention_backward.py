@@ -6,6 +6,8 @@ import triton.language as tl
 from .attention_common import (
     UNSPECIALIZED,
     base2_logits,
+    context_places,
+    context_range,
     dot,
     edge_blocks,
     edge_columns,
@@ -44,14 +46,12 @@ def _dq_step(
 
 
 @triton.jit
-def _exact_delta(
-    q, dout, k, v, high, low, query, col_start, col_end, factor, cap, window, stride_kt, stride_vt,
+def _exact_sums(
+    q, dout, k, v, mass, total, high, low, query, col_start, col_end, factor, cap, window, stride_kt, stride_vt,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Mean of dP under P, at two more matmuls: where one key has nearly all of P, sum(dout * out) rounds otherwise."""
-    mass = tl.zeros([q.shape[0]], tl.float32)
-    total = tl.zeros([q.shape[0]], tl.float32)
+    """Adds P and P dP of a range of keys: with nearly all of P on one key sum(dout * out) rounds. Two more matmuls."""
     zeros = tl.zeros([q.shape[0], BLOCK], tl.float32)
     key = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
@@ -63,53 +63,17 @@ def _exact_delta(
         p = tl.where(visible(query[:, None], (col + key)[None, :], col_end, window, CAUSAL, WINDOWED), p, 0.0)
         mass += tl.sum(p, 1)
         total += tl.sum(p * dot(dout, v_tile.T, zeros), 1)
-    return tl.where(mass == 0, 0.0, total / tl.where(mass == 0, 1.0, mass))
+    return mass, total
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def dq_kernel(
-    q, k, v, out, dout, lse, dq, delta, k_desc, v_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_gt, stride_gh,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+@triton.jit
+def _dq_columns(
+    q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, col_start, full_start, full_end,
+    col_end, factor, cap, window, stride_kt, stride_vt,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of queries. Also writes delta, which dkdv_kernel reads: it must run first."""
-    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
-
-    row = tl.arange(0, BLOCK_M)
-    rows = (row_end - row_start) * GROUP
-    local = tl.maximum(tl.minimum(row, rows - 1), 0)
-    query = row_start + local // GROUP
-    first, first_head = row_start.to(tl.int64), head.to(tl.int64) * GROUP
-    q += first * stride_qt + first_head * stride_qh
-    out += first * stride_ot + first_head * stride_oh
-    dout += first * stride_gt + first_head * stride_gh
-    # Rows of no document are not read: whatever they hold, their gradients are zero.
-    count = tl.where(col_start < col_end, rows, 0)
-    q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
-    dout_tile = load(dout + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
-    base = (head.to(tl.int64) * tokens + row_start) * GROUP
-    high = tl.load(lse + base + local)
-    low = high
-    if FLOAT32:
-        low = tl.load(lse + kv_heads.to(tl.int64) * tokens * GROUP + base + local)
-
-    k += head.to(tl.int64) * stride_kh
-    v += head.to(tl.int64) * stride_vh
-    if FLOAT32:
-        delta_tile = _exact_delta(
-            q_tile, dout_tile, k, v, high, low, query, col_start, col_end, factor, cap, window, stride_kt, stride_vt,
-            D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
-        )  # fmt: skip
-    else:
-        out_rows = row_offsets(local, stride_ot, stride_oh, GROUP, D, BLOCK_D)
-        out_tile = load(out + out_rows, local, count, True, D, BLOCK_D)
-        delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    stored = row < rows
-    tl.store(delta + base + row, delta_tile, stored)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    """Adds a range of keys to dQ: its edges, then what needs no mask."""
     key = tl.arange(0, EDGE_N)
     d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
@@ -137,8 +101,79 @@ def dq_kernel(
             q_tile, dout_tile, k_tile, v_tile, acc, high, low, delta_tile, query, key, 0, factor, cap, window,
             CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
         )  # fmt: skip
+    return acc
 
-    stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (d < D)[None, :]
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def dq_kernel(
+    q, k, v, out, dout, lse, dq, delta, k_desc, v_desc, tiles, context, factor, cap, scale, window, tokens, kv_heads,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_gt, stride_gh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SHARED: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of queries. Also writes delta, which dkdv_kernel reads: it must run first."""
+    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
+
+    row = tl.arange(0, BLOCK_M)
+    rows = (row_end - row_start) * GROUP
+    local = tl.maximum(tl.minimum(row, rows - 1), 0)
+    query = row_start + local // GROUP
+    first, first_head = row_start.to(tl.int64), head.to(tl.int64) * GROUP
+    q += first * stride_qt + first_head * stride_qh
+    out += first * stride_ot + first_head * stride_oh
+    dout += first * stride_gt + first_head * stride_gh
+    # Rows of no document are not read: whatever they hold, their gradients are zero.
+    count = tl.where(col_start < col_end, rows, 0)
+    q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
+    dout_tile = load(dout + row_offsets(local, stride_gt, stride_gh, GROUP, D, BLOCK_D), local, count, True, D, BLOCK_D)
+    base = (head.to(tl.int64) * tokens + row_start) * GROUP
+    high = tl.load(lse + base + local)
+    low = high
+    if FLOAT32:
+        low = tl.load(lse + kv_heads.to(tl.int64) * tokens * GROUP + base + local)
+
+    k += head.to(tl.int64) * stride_kh
+    v += head.to(tl.int64) * stride_vh
+    if FLOAT32:
+        mass, total = _exact_sums(
+            q_tile, dout_tile, k, v, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), high, low, query,
+            col_start, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED,
+            SOFTCAP,
+        )  # fmt: skip
+        if SHARED:
+            place, last = context_places(context, kv_heads)
+            for at in range(place, last, 5):
+                ctx_start, _, _, ctx_end, gap = context_range(context + at, 1, BLOCK_N)
+                mass, total = _exact_sums(
+                    q_tile, dout_tile, k, v, mass, total, high, low, query - gap, ctx_start, ctx_end, factor, cap,
+                    window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+                )  # fmt: skip
+        delta_tile = tl.where(mass == 0, 0.0, total / tl.where(mass == 0, 1.0, mass))
+    else:
+        out_rows = row_offsets(local, stride_ot, stride_oh, GROUP, D, BLOCK_D)
+        out_tile = load(out + out_rows, local, count, True, D, BLOCK_D)
+        delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    stored = row < rows
+    tl.store(delta + base + row, delta_tile, stored)
+
+    acc = _dq_columns(
+        q_tile, dout_tile, k, v, k_desc, v_desc, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), high, low, delta_tile, head,
+        query, col_start, full_start, full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N,
+        EDGE_N, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+    )  # fmt: skip
+    if SHARED:
+        place, last = context_places(context, kv_heads)
+        for at in range(place, last, 5):
+            col_start, full_start, full_end, col_end, gap = context_range(context + at, 1, BLOCK_N)
+            acc = _dq_columns(
+                q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query - gap, col_start,
+                full_start, full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N,
+                CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+            )  # fmt: skip
+
+    stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     # dq is contiguous.
     dq += (first * kv_heads + head) * GROUP * D
     tl.store(
@@ -169,34 +204,14 @@ def _dkdv_step(
     return dot(ds.to(q.dtype), q, dk), dv
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, q_desc, dout_desc, tiles, factor, cap, scale, window, tokens, kv_heads,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+@triton.jit
+def _dkdv_columns(
+    q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start, full_start,
+    full_end, col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile of keys: a loop over the packed queries, of the whole group, that see it."""
-    # Columns are packed rows here.
-    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, GROUP, BLOCK_M)
-
-    row, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    key = row_start + row
-    first = row_start.to(tl.int64)
-    # As in dq_kernel; keys past the tile get probabilities too, in rows that are not stored.
-    limit = tl.where(col_start < col_end, row_end, row_start)
-    k += first * stride_kt + head.to(tl.int64) * stride_kh
-    v += first * stride_vt + head.to(tl.int64) * stride_vh
-    k_tile = load(k + row[:, None] * stride_kt + d[None, :], key, limit, True, D, BLOCK_D)
-    v_tile = load(v + row[:, None] * stride_vt + d[None, :], key, limit, True, D, BLOCK_D)
-
-    q += head.to(tl.int64) * GROUP * stride_qh
-    dout += head.to(tl.int64) * GROUP * stride_gh
-    lse += head.to(tl.int64) * tokens * GROUP
-    lse_low = lse + kv_heads.to(tl.int64) * tokens * GROUP
-    delta += head.to(tl.int64) * tokens * GROUP
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    """Adds a range of packed queries to dK and dV: its edges, then what needs no mask."""
     m = tl.arange(0, BLOCK_M)
 
     for i in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK_M)):
@@ -220,7 +235,7 @@ def dkdv_kernel(
             low = tl.load(lse_low + col + m, mask=valid, other=0.0)
         delta_tile = tl.load(delta + col + m, mask=valid, other=0.0)
         dk_acc, dv_acc = _dkdv_step(
-            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
+            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP - gap, key,
             window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
         )  # fmt: skip
 
@@ -246,9 +261,55 @@ def dkdv_kernel(
             low = tl.load(lse_low + col + m)
         delta_tile = tl.load(delta + col + m)
         dk_acc, dv_acc = _dkdv_step(
-            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
+            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP - gap, key,
             window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
         )  # fmt: skip
+    return dk_acc, dv_acc
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def dkdv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, q_desc, dout_desc, tiles, context, factor, cap, scale, window, tokens, kv_heads,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SHARED: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of keys: a loop over the packed queries, of the whole group, that see it."""
+    # Columns are packed rows here.
+    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, GROUP, BLOCK_M)
+
+    row, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    key = row_start + row
+    first = row_start.to(tl.int64)
+    # As in dq_kernel; keys past the tile get probabilities too, in rows that are not stored.
+    limit = tl.where(col_start < col_end, row_end, row_start)
+    k += first * stride_kt + head.to(tl.int64) * stride_kh
+    v += first * stride_vt + head.to(tl.int64) * stride_vh
+    k_tile = load(k + row[:, None] * stride_kt + d[None, :], key, limit, True, D, BLOCK_D)
+    v_tile = load(v + row[:, None] * stride_vt + d[None, :], key, limit, True, D, BLOCK_D)
+
+    q += head.to(tl.int64) * GROUP * stride_qh
+    dout += head.to(tl.int64) * GROUP * stride_gh
+    lse += head.to(tl.int64) * tokens * GROUP
+    lse_low = lse + kv_heads.to(tl.int64) * tokens * GROUP
+    delta += head.to(tl.int64) * tokens * GROUP
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk_acc, dv_acc = _dkdv_columns(
+        q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start,
+        full_start, full_end, col_end, 0, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D,
+        BLOCK_D, BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+    )  # fmt: skip
+    if SHARED:
+        place, last = context_places(context, kv_heads)
+        for at in range(place, last, 5):
+            col_start, full_start, full_end, col_end, gap = context_range(context + at, GROUP, BLOCK_M)
+            dk_acc, dv_acc = _dkdv_columns(
+                q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start,
+                full_start, full_end, col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
+                GROUP, D, BLOCK_D, BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+            )  # fmt: skip
 
     stored = (key < row_end)[:, None] if BLOCK_D == D else (key < row_end)[:, None] & (d < D)[None, :]
     # dk and dv are contiguous.

@@ -6,6 +6,8 @@ import triton.language as tl
 from .attention_common import (
     UNSPECIALIZED,
     base2_logits,
+    context_places,
+    context_range,
     dot,
     edge_blocks,
     edge_columns,
@@ -42,32 +44,14 @@ def _forward_step(
     return acc, new_max, row_sum * keep + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def forward_kernel(
-    q, k, v, out, lse, k_desc, v_desc, tiles, factor, cap, window, tokens, kv_heads,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+@triton.jit
+def _forward_columns(
+    q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, col_start, full_start, full_end, col_end,
+    factor, cap, window, stride_kt, stride_vt,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse of a tile of queries."""
-    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
-
-    row = tl.arange(0, BLOCK_M)
-    rows = (row_end - row_start) * GROUP
-    # Rows past the tile repeat its last one: they stay finite, and are not stored.
-    local = tl.maximum(tl.minimum(row, rows - 1), 0)
-    query = row_start + local // GROUP
-    first, first_head = row_start.to(tl.int64), head.to(tl.int64) * GROUP
-    q += first * stride_qt + first_head * stride_qh
-    q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, rows, True, D, BLOCK_D)
-
-    k += head.to(tl.int64) * stride_kh
-    v += head.to(tl.int64) * stride_vh
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-
+    """Takes a range of keys into the running softmax: its edges, then what needs no mask."""
     key = tl.arange(0, EDGE_N)
     d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
@@ -95,6 +79,49 @@ def forward_kernel(
             q_tile, k_tile, v_tile, acc, row_max, row_sum, query, key, 0, factor, cap, window,
             CAUSAL, WINDOWED, SOFTCAP, False,
         )  # fmt: skip
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def forward_kernel(
+    q, k, v, out, lse, k_desc, v_desc, tiles, context, factor, cap, window, tokens, kv_heads,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SHARED: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Output and lse of a tile of queries."""
+    head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
+
+    row = tl.arange(0, BLOCK_M)
+    rows = (row_end - row_start) * GROUP
+    # Rows past the tile repeat its last one: they stay finite, and are not stored.
+    local = tl.maximum(tl.minimum(row, rows - 1), 0)
+    query = row_start + local // GROUP
+    first, first_head = row_start.to(tl.int64), head.to(tl.int64) * GROUP
+    q += first * stride_qt + first_head * stride_qh
+    q_tile = load(q + row_offsets(local, stride_qt, stride_qh, GROUP, D, BLOCK_D), local, rows, True, D, BLOCK_D)
+
+    k += head.to(tl.int64) * stride_kh
+    v += head.to(tl.int64) * stride_vh
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    acc, row_max, row_sum = _forward_columns(
+        q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, col_start, full_start, full_end, col_end,
+        factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, TMA,
+    )  # fmt: skip
+    if SHARED:
+        place, last = context_places(context, kv_heads)
+        for at in range(place, last, 5):
+            col_start, full_start, full_end, col_end, gap = context_range(context + at, 1, BLOCK_N)
+            acc, row_max, row_sum = _forward_columns(
+                q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query - gap, col_start, full_start,
+                full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL,
+                WINDOWED, SOFTCAP, TMA,
+            )  # fmt: skip
 
     # A tile without columns holds rows of no document: they get zeros.
     empty = row_sum == 0
@@ -102,7 +129,7 @@ def forward_kernel(
     acc = acc / row_sum[:, None]
     out += first * stride_ot + first_head * stride_oh
     stored = row < rows
-    stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (d < D)[None, :]
+    stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(out + row_offsets(row, stride_ot, stride_oh, GROUP, D, BLOCK_D), acc.to(out.dtype.element_ty), stored_2d)
     lse += (head.to(tl.int64) * tokens + row_start) * GROUP
     log_sum = tl.log2(row_sum)

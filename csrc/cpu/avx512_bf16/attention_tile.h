@@ -33,15 +33,16 @@ inline void prefetch_lanes(const AttentionShape& s, const AttentionTask& t, int6
   }
 }
 
-// Rows [from, from + count) of the pack, those that a task sees, as [keys, d / 2] and as [keys / 2, d]; either may be
-// null. A row of zeros follows an odd last one.
-inline void pack_keys(const Interleave& order, Heads<const bf16> x, int64_t kv_head, int64_t from, int64_t count,
-                      int64_t d, uint32_t* rows, uint32_t* pairs) {
+// The rows of one head at `count` positions from `from` on, as [keys, d / 2] and as [keys / 2, d]; either may be null. A
+// row of zeros follows an odd last one.
+inline void pack_keys(const Interleave& order, Heads<const bf16> x, int64_t kv_head, KeyRows key_rows, int64_t from,
+                      int64_t count, int64_t d, uint32_t* rows, uint32_t* pairs) {
   const int64_t stride = padded(d);
+  x.data += kv_head * x.head_stride;
   for (int64_t i = 0; i < count; i += 2) {
-    const bf16* first = x.data + (from + i) * x.token_stride + kv_head * x.head_stride;
+    const bf16* first = x.data + key_rows(from + i) * x.token_stride;
     prefetch_rows(first + kAhead * x.token_stride, 2, x.token_stride, d);
-    const bf16* second = i + 1 < count ? first + x.token_stride : nullptr;
+    const bf16* second = i + 1 < count ? x.data + key_rows(from + i + 1) * x.token_stride : nullptr;
     if (rows != nullptr) {
       copy_row(first, d, rows + i * stride / 2);
       copy_row(second, d, rows + (i + 1) * stride / 2);
@@ -83,7 +84,7 @@ inline float logit_factor(const AttentionShape& s) {
   return __builtin_fabsf(s.scale) * kLog2E;
 }
 
-// Hides what a lane must not see in the logits [keys, kLanes] of the document's rows from `key` on.
+// Hides what a lane must not see in the logits [keys, kLanes] of the positions from `key` on.
 inline void mask(const Lanes& lanes, int64_t key, int64_t keys, float* logits) {
   const __m512 hidden = _mm512_set1_ps(-kInfinity);
   for (int64_t j = 0; j < keys; ++j) {
@@ -97,12 +98,15 @@ inline void mask(const Lanes& lanes, int64_t key, int64_t keys, float* logits) {
   }
 }
 
-// Only the rows that some lane does not see.
-inline void mask_edges(const AttentionTask& t, const Lanes& lanes, int64_t from, int64_t keys, float* logits) {
+// Only the rows that some lane does not see; and the one that makes an odd number of keys even.
+inline void mask_edges(const Lanes& lanes, int64_t from, int64_t keys, float* logits) {
   const int64_t head = larger(0, smaller(keys, lanes.full_from - from));
   const int64_t tail = larger(head, smaller(keys, lanes.full_to - from));
-  mask(lanes, from - t.first, head, logits);
-  mask(lanes, from + tail - t.first, keys - tail, logits + tail * kLanes);
+  mask(lanes, from, head, logits);
+  mask(lanes, from + tail, keys - tail, logits + tail * kLanes);
+  if (keys % 2 == 1) {
+    for (int64_t i = 0; i < kLanes; ++i) logits[keys * kLanes + i] = -kInfinity;
+  }
 }
 
 }  // namespace forge::FORGE_ISA

@@ -84,12 +84,14 @@ void softmax_step(const Interleave& order, const float* logits, int64_t keys, fl
 
 int64_t packed_size(int64_t d, int64_t rows) { return even(rows) * padded(d); }
 
-void pack(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> k, Heads<const bf16> v, float* packed) {
+void pack(const AttentionShape& s, const KeySpan& span, int64_t kv_head, Heads<const bf16> k, Heads<const bf16> v,
+          float* packed) {
   const Interleave order = make_interleave();
-  const int64_t count = t.last - t.first;
+  const int64_t count = span.end - span.start;
   uint32_t* keys = reinterpret_cast<uint32_t*>(packed);
-  pack_keys(order, k, t.kv_head, t.first, count, s.d, keys, nullptr);
-  pack_keys(order, v, t.kv_head, t.first, count, s.d, nullptr, keys + even(count) * padded(s.d) / 2);
+  uint32_t* value_pairs = keys + even(count) * padded(s.d) / 2;
+  pack_keys(order, k, kv_head, {&span}, span.start, count, s.d, keys, nullptr);
+  pack_keys(order, v, kv_head, {&span}, span.start, count, s.d, nullptr, value_pairs);
 }
 
 int64_t forward_scratch(int64_t d) {
@@ -99,8 +101,6 @@ int64_t forward_scratch(int64_t d) {
 void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> q, Heads<const bf16>,
              Heads<const bf16>, bf16* out, double* lse, float* scratch) {
   const int64_t d = s.d, stride = padded(d), depth = (d + 1) / 2;
-  const uint32_t* keys = reinterpret_cast<const uint32_t*>(t.packed);
-  const uint32_t* value_pairs = keys + even(t.last - t.first) * stride / 2;
   Scratch room{scratch};
   uint32_t* q_columns = room.pairs(kLanePairs * stride);
   uint32_t* p_pairs = room.pairs(kTileKeys * kLanePairs);
@@ -122,17 +122,27 @@ void forward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16> 
       state.maximum[i] = -kInfinity;
       state.sum[i] = 0;
     }
-    // Pairs of keys start on even rows; a row before the first that is seen is masked.
-    const int64_t first = t.first + (lanes.keys_from - t.first) / 2 * 2;
-    for (int64_t from = first; from < lanes.keys_to; from += kTileKeys) {
-      const int64_t count = even(smaller(kTileKeys, lanes.keys_to - from)), at = from - t.first;
-      tile_matmul(RowsOfPairs{keys + at * stride / 2, stride / 2}, {q_columns, kLanes}, {logits, kLanes}, count,
-                  vectors, depth, Sum::kStore);
-      if (s.softcap > 0) cap(logits, nullptr, count, __builtin_fabsf(s.scale), s.softcap);
-      mask_edges(t, lanes, from, count, logits);
-      softmax_step(order, logits, count, factor, state, p_pairs);
-      tile_matmul(ColumnsOfPairs{value_pairs + at / 2 * stride, stride}, {p_pairs, kLanes}, {o_columns, kLanes}, d,
-                  vectors, count / 2, from == first ? Sum::kStore : Sum::kScaleAndAdd, state.decay);
+    Sum sum_of_tiles = Sum::kStore;
+    for (int64_t i = 0; i < t.span_count; ++i) {
+      const KeySpan& span = t.spans[i];
+      if (span.end <= lanes.keys_from) continue;
+      const int64_t length = span.end - span.start;
+      const uint32_t* keys = reinterpret_cast<const uint32_t*>(span.packed + t.kv_head * packed_size(d, length));
+      const uint32_t* value_pairs = keys + even(length) * stride / 2;
+      // Pairs of keys start on even rows of a document; a row before the first that is seen is masked.
+      const int64_t first = span.start + larger(0, lanes.keys_from - span.start) / 2 * 2;
+      const int64_t to = smaller(span.end, lanes.keys_to);
+      for (int64_t from = first; from < to; from += kTileKeys) {
+        const int64_t visible = smaller(kTileKeys, to - from), count = even(visible), at = from - span.start;
+        tile_matmul(RowsOfPairs{keys + at * stride / 2, stride / 2}, {q_columns, kLanes}, {logits, kLanes}, count,
+                    vectors, depth, Sum::kStore);
+        if (s.softcap > 0) cap(logits, nullptr, count, __builtin_fabsf(s.scale), s.softcap);
+        mask_edges(lanes, from, visible, logits);
+        softmax_step(order, logits, count, factor, state, p_pairs);
+        tile_matmul(ColumnsOfPairs{value_pairs + at / 2 * stride, stride}, {p_pairs, kLanes}, {o_columns, kLanes}, d,
+                    vectors, count / 2, sum_of_tiles, state.decay);
+        sum_of_tiles = Sum::kScaleAndAdd;
+      }
     }
     alignas(64) float log_sum[kLanes];
     for (int64_t i = 0; i < kLanes; i += kVector) {
@@ -260,14 +270,14 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
   float* dp = room.floats(key_rows * kLanes);
   float* slope = s.softcap > 0 ? room.floats(key_rows * kLanes) : nullptr;
   if (t.partial != nullptr) {
-    dkeys = t.partial + (key_from - t.first) * stride;
-    dvalues = dkeys + (t.last - t.first) * stride;
+    dkeys = t.partial + key_from * stride;
+    dvalues = dkeys + t.partial_rows * stride;
   }
   const Interleave order = make_interleave();
   const float factor = logit_factor(s);
-  pack_keys(order, k, t.kv_head, key_from, key_count, d, keys, key_pairs);
-  pack_keys(order, v, t.kv_head, key_from, key_count, d, values, nullptr);
-  for (int64_t i = 0; i < key_count * stride; ++i) dkeys[i] = dvalues[i] = 0;
+  pack_keys(order, k, t.kv_head, {t.spans}, key_from, key_count, d, keys, key_pairs);
+  pack_keys(order, v, t.kv_head, {t.spans}, key_from, key_count, d, values, nullptr);
+  for (int64_t i = larger(0, t.zero_from - key_from) * stride; i < key_count * stride; ++i) dkeys[i] = dvalues[i] = 0;
 
   Lanes lanes;
   const bf16* rows[kLanes];
@@ -299,7 +309,7 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
       tile_matmul(RowsOfPairs{values + at * stride / 2, stride / 2}, {dout_columns, kLanes}, {dp + tile, kLanes}, count,
                   kLaneVectors, depth, Sum::kStore);
       if (slope != nullptr) cap(p + tile, slope + tile, count, __builtin_fabsf(s.scale), s.softcap);
-      mask_edges(t, lanes, from, count, p + tile);
+      mask_edges(lanes, from, visible, p + tile);
       probabilities(p + tile, dp + tile, count, factor, log2_sum, sum, offset, p_rows);
       tile_matmul(RowsOfPairs{p_rows, kLanePairs}, {dout_pairs, stride}, {dvalues + at * stride, stride}, visible,
                   d_vectors, lane_pairs, Sum::kAdd);
@@ -318,18 +328,17 @@ void backward(const AttentionShape& s, const AttentionTask& t, Heads<const bf16>
     for (int64_t i = 0; i < kLanes; ++i) offset[i] = s.scale;
     scatter(order, lanes, dq_columns, offset, s.q_heads, d, dq);
   }
-  if (t.partial != nullptr) {
-    for (int64_t i = 0; i < key_count * stride; ++i) dkeys[i] *= s.scale;
-    return;
-  }
-  const int64_t kv_heads = s.q_heads / s.group, to = (key_from * kv_heads + t.kv_head) * d;
-  round_gradients(dkeys, key_count, d, s.scale, kv_heads * d, dk + to);
-  round_gradients(dvalues, key_count, d, 1.0f, kv_heads * d, dv + to);
+  const int64_t done = larger(0, t.final_from - key_from), kv_heads = s.q_heads / s.group;
+  const int64_t to = ((t.origin() + key_from + done) * kv_heads + t.kv_head) * d;
+  round_gradients(dkeys + done * stride, key_count - done, d, s.scale, kv_heads * d, dk + to);
+  round_gradients(dvalues + done * stride, key_count - done, d, 1.0f, kv_heads * d, dv + to);
 }
 
+float partial_dk_factor(const AttentionShape& s) { return s.scale; }
+
 const RegisterKernels<PackedAttentionKernels<bf16>> register_bf16({&packed_size, &pack, &forward_scratch, &forward,
-                                                                  &backward_scratch, &backward, &sum_partials<bf16>,
-                                                                  &padded});
+                                                                  &backward_scratch, &backward, &partial_dk_factor,
+                                                                  &sum_partials<bf16>, &padded});
 
 }  // namespace
 }  // namespace FORGE_ISA
