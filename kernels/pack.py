@@ -137,8 +137,8 @@ class PackPlan:
         forward: int32 [tiles, 8], one row per query tile with the columns of `COLUMNS`: rows are queries, cols
             the keys they read. Keys in [full_start, full_end) are visible to every query: no mask needed there.
         backward: the same with rows = keys and cols = the queries that read them (dK, dV without atomics).
-        forward_context, backward_context: with parents, the columns that tiles have beside those of their own row, in
-            other documents; see `tiles_and_context`.
+        forward_context, backward_context: with parents, all columns of each tile, in its own and in other documents;
+            see `tiles_and_context`.
 
     Raises:
         TypeError: cu_seqlens or parents are not int32.
@@ -191,14 +191,14 @@ class PackPlan:
     def tiles_and_context(
         self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
-        """`tiles`, and with parents the further columns of each, in documents that it continues or that continue it.
+        """`tiles`, and with parents all columns of each: also in documents that it continues, or that continue it.
 
         Returns:
             (tiles int32 [tiles, 8], context int32 [tiles + 1 + 5 * ranges]). `context[t]:context[t + 1]` are the places
             in `context` of tile t's ranges, of five numbers each: col_start, col_end, full_start, full_end as in
-            `COLUMNS`, and gap. In a range key j is visible to query i iff it is to query `i - gap` by the rule of one
-            document; gap is 0 without a window. Without one a tile of `backward` may also reach past its document,
-            into those behind it that continue it.
+            `COLUMNS`, and gap; the first range is that of the tile's row. In a range key j is visible to query i iff it
+            is to query `i - gap` by the rule of one document; gap is 0 without a window. Without one a tile of
+            `backward` may also reach past its document, into those behind it that continue it.
         """
         if self.parents is None:
             return _data.make_tiles(self.cu_seqlens, row_tile, col_tile, causal, window or 0, backward), None

@@ -53,14 +53,14 @@ class PackTree {
   std::vector<Span> spans_;
 };
 
-// Further columns of a tile, of one more document: those in [full_start, full_end) need no mask. With a window the
-// others are seen as if the query stood `gap` rows further up; without one gap is 0.
+// Columns of a tile in one document: those in [full_start, full_end) need no mask. With a window the others are seen as
+// if the query stood `gap` rows further up; without one gap is 0.
 struct ColumnRange {
   std::int32_t col_start, col_end, full_start, full_end, gap;
 };
 
-// Tiles as without sharing, and what else their rows meet. context: for each tile and for their end the index in
-// context at which its ColumnRanges begin, then the ranges.
+// Tiles as without sharing, and all that their rows meet. context: for each tile and for their end the index in context
+// at which its ColumnRanges begin, that of its own columns first, then the ranges.
 struct TreeTiles {
   std::vector<Tile> tiles;
   std::vector<std::int32_t> context;
@@ -124,10 +124,13 @@ inline TreeTiles in_order(std::vector<WithContext>&& made) {
   for (const WithContext& m : made) {
     result.tiles.push_back(m.tile);
     result.context.push_back(static_cast<std::int32_t>(at));
-    at += m.ranges.size() * sizeof(ColumnRange) / sizeof(std::int32_t);
+    at += (1 + m.ranges.size()) * sizeof(ColumnRange) / sizeof(std::int32_t);
   }
   result.context.push_back(static_cast<std::int32_t>(at));
+  result.context.reserve(at);
   for (const WithContext& m : made) {
+    const Tile& t = m.tile;
+    result.context.insert(result.context.end(), {t.col_start, t.col_end, t.full_start, t.full_end, 0});
     for (const ColumnRange& r : m.ranges) {
       result.context.insert(result.context.end(), {r.col_start, r.col_end, r.full_start, r.full_end, r.gap});
     }

@@ -3,11 +3,11 @@
 A tile owns as many rows as a kernel's block holds, so both are chosen here, before the op is called, without triton.
 
 A pack in which documents continue others (`parents`) has lists of the same rows, int32 [tiles, 8], whose columns are
-those of the tile's own document. Beside each list lies its context, a flat int32 vector with the tile's columns in
-other documents: `context[t]:context[t + 1]` are the places in it of tile t's ranges, five numbers each, (col_start,
-col_end, full_start, full_end, gap); see `PackPlan.tiles_and_context`. A program repeats the loops over the columns of
-its own row for each range, with `query - gap` in the place of `query` where it masks. Without parents there is no
-context, and nothing differs.
+those of the tile's own document. Beside each list lies its context, a flat int32 vector with all columns of its tiles:
+`context[t]:context[t + 1]` are the places in it of tile t's ranges, five numbers each, (col_start, col_end, full_start,
+full_end, gap), the tile's own first; see `PackPlan.tiles_and_context`. A program runs its loops over columns once for
+each range, with `query - gap` in the place of `query` where it masks. Without parents there is no context, and nothing
+differs.
 """
 
 from dataclasses import dataclass

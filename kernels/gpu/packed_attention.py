@@ -16,7 +16,7 @@ dQ runs before dK/dV and leaves `delta` for it. Nothing is accumulated across pr
     k, v, dk, dv       [tokens, kv_heads, D]
     lse, delta         [kv_heads, tokens * GROUP] float32: log2 of the sum of exponentials, sum(dout * out) of a row
     tiles              int32 [programs / kv_heads, 8]
-    context            int32, where documents continue others (SHARED): each tile's columns in other documents
+    context            int32, where documents continue others (SHARED): the ranges of columns of each tile
 
 With float32 inputs (FLOAT32) gradients are to be as exact as plain torch's: lse has a second such array with what the
 first lost to rounding, and delta is the sum of P dP over keys.
@@ -204,8 +204,6 @@ def workloads() -> list[Workload]:
         ("D 256, window, softcap", 16, 8, 256, True, 512, 50.0), ("D 80", 32, 32, 80, True, 0, 0.0),
         ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0),
         ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0),
-        ("D 128, shared prompts", 32, 8, 128, True, 0, 0.0),
-        ("D 64, shared prompts, window", 32, 8, 64, True, 512, 0.0),
     ]  # fmt: skip
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
         listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)

@@ -137,11 +137,7 @@ def dq_kernel(
     k += head.to(tl.int64) * stride_kh
     v += head.to(tl.int64) * stride_vh
     if FLOAT32:
-        mass, total = _exact_sums(
-            q_tile, dout_tile, k, v, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32), high, low, query,
-            col_start, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED,
-            SOFTCAP,
-        )  # fmt: skip
+        mass, total = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
         if SHARED:
             place, last = context_places(context, kv_heads)
             for at in range(place, last, 5):
@@ -150,6 +146,11 @@ def dq_kernel(
                     q_tile, dout_tile, k, v, mass, total, high, low, query - gap, ctx_start, ctx_end, factor, cap,
                     window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
                 )  # fmt: skip
+        else:
+            mass, total = _exact_sums(
+                q_tile, dout_tile, k, v, mass, total, high, low, query, col_start, col_end, factor, cap, window,
+                stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+            )  # fmt: skip
         delta_tile = tl.where(mass == 0, 0.0, total / tl.where(mass == 0, 1.0, mass))
     else:
         out_rows = row_offsets(local, stride_ot, stride_oh, GROUP, D, BLOCK_D)
@@ -158,11 +159,7 @@ def dq_kernel(
     stored = row < rows
     tl.store(delta + base + row, delta_tile, stored)
 
-    acc = _dq_columns(
-        q_tile, dout_tile, k, v, k_desc, v_desc, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), high, low, delta_tile, head,
-        query, col_start, full_start, full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N,
-        EDGE_N, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
-    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SHARED:
         place, last = context_places(context, kv_heads)
         for at in range(place, last, 5):
@@ -172,6 +169,12 @@ def dq_kernel(
                 full_start, full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N,
                 CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
             )  # fmt: skip
+    else:
+        acc = _dq_columns(
+            q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, col_start, full_start,
+            full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL, WINDOWED,
+            SOFTCAP, FLOAT32, TMA,
+        )  # fmt: skip
 
     stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     # dq is contiguous.
@@ -296,11 +299,6 @@ def dkdv_kernel(
     delta += head.to(tl.int64) * tokens * GROUP
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dk_acc, dv_acc = _dkdv_columns(
-        q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start,
-        full_start, full_end, col_end, 0, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D,
-        BLOCK_D, BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
-    )  # fmt: skip
     if SHARED:
         place, last = context_places(context, kv_heads)
         for at in range(place, last, 5):
@@ -310,6 +308,12 @@ def dkdv_kernel(
                 full_start, full_end, col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
                 GROUP, D, BLOCK_D, BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
             )  # fmt: skip
+    else:
+        dk_acc, dv_acc = _dkdv_columns(
+            q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start,
+            full_start, full_end, col_end, 0, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D,
+            BLOCK_D, BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+        )  # fmt: skip
 
     stored = (key < row_end)[:, None] if BLOCK_D == D else (key < row_end)[:, None] & (d < D)[None, :]
     # dk and dv are contiguous.

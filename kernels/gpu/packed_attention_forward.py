@@ -109,10 +109,6 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    acc, row_max, row_sum = _forward_columns(
-        q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, col_start, full_start, full_end, col_end,
-        factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, TMA,
-    )  # fmt: skip
     if SHARED:
         place, last = context_places(context, kv_heads)
         for at in range(place, last, 5):
@@ -122,6 +118,11 @@ def forward_kernel(
                 full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL,
                 WINDOWED, SOFTCAP, TMA,
             )  # fmt: skip
+    else:
+        acc, row_max, row_sum = _forward_columns(
+            q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, col_start, full_start, full_end, col_end,
+            factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, TMA,
+        )  # fmt: skip
 
     # A tile without columns holds rows of no document: they get zeros.
     empty = row_sum == 0
