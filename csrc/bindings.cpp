@@ -45,10 +45,10 @@ py::array_t<std::int32_t> tiles_to_numpy(const std::vector<Tile>& tiles) {
 }
 
 py::array_t<std::int32_t> make_tiles(const Int32Array& cu_seqlens, std::int32_t row_tile, std::int32_t col_tile,
-                                     bool causal, std::int32_t window, bool backward) {
+                                     bool causal, std::int32_t window, bool backward, std::int64_t tokens) {
   const std::int32_t* offsets = cu_seqlens.data();
   const std::int64_t documents = cu_seqlens.size() - 1;
-  const TileOptions options{row_tile, col_tile, causal, window};
+  const TileOptions options{row_tile, col_tile, causal, window, tokens};
   std::vector<Tile> tiles;
   {
     const py::gil_scoped_release release;
@@ -59,14 +59,14 @@ py::array_t<std::int32_t> make_tiles(const Int32Array& cu_seqlens, std::int32_t 
 
 // (tiles, context) of a pack whose documents continue others; see data/pack_tree.h.
 py::tuple make_tree_tiles(const Int32Array& cu_seqlens, const Int32Array& parents, std::int32_t row_tile,
-                          std::int32_t col_tile, std::int32_t window, bool backward) {
+                          std::int32_t col_tile, std::int32_t window, bool backward, std::int64_t tokens) {
   const std::int32_t *offsets = cu_seqlens.data(), *parent = parents.data();
   const std::int64_t documents = parents.size();
   TreeTiles made;
   {
     const py::gil_scoped_release release;
     const PackTree tree(offsets, parent, documents);
-    const TileOptions options{row_tile, col_tile, true, window};
+    const TileOptions options{row_tile, col_tile, true, window, tokens};
     made = backward ? backward_tiles(tree, options) : forward_tiles(tree, options);
   }
   return py::make_tuple(tiles_to_numpy(made.tiles), to_numpy(std::move(made.context)));
@@ -118,10 +118,10 @@ PYBIND11_MODULE(_data, m) {
       py::arg("count"), py::arg("key"));
 
   m.def("make_tiles", &make_tiles, py::arg("cu_seqlens").noconvert(), py::arg("row_tile"), py::arg("col_tile"),
-        py::arg("causal"), py::arg("window"), py::arg("backward"));
+        py::arg("causal"), py::arg("window"), py::arg("backward"), py::arg("tokens"));
 
   m.def("make_tree_tiles", &make_tree_tiles, py::arg("cu_seqlens").noconvert(), py::arg("parents").noconvert(),
-        py::arg("row_tile"), py::arg("col_tile"), py::arg("window"), py::arg("backward"));
+        py::arg("row_tile"), py::arg("col_tile"), py::arg("window"), py::arg("backward"), py::arg("tokens"));
 
   py::class_<TokenMixer>(m, "TokenMixer")
       .def(py::init<const std::vector<double>&, std::uint64_t>(), py::arg("shares"), py::arg("seed"))

@@ -9,7 +9,13 @@ def pack_step(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def random_permutation(count: int, key: Sequence[int]) -> NDArray[np.int64]: ...
 def make_tiles(
-    cu_seqlens: NDArray[np.int32], row_tile: int, col_tile: int, causal: bool, window: int, backward: bool
+    cu_seqlens: NDArray[np.int32],
+    row_tile: int,
+    col_tile: int,
+    causal: bool,
+    window: int,
+    backward: bool,
+    tokens: int,
 ) -> NDArray[np.int32]: ...
 def make_tree_tiles(
     cu_seqlens: NDArray[np.int32],
@@ -18,6 +24,7 @@ def make_tree_tiles(
     col_tile: int,
     window: int,
     backward: bool,
+    tokens: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
 
 class TokenMixer:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -137,8 +138,8 @@ class PackPlan:
         forward: int32 [tiles, 8], one row per query tile with the columns of `COLUMNS`: rows are queries, cols
             the keys they read. Keys in [full_start, full_end) are visible to every query: no mask needed there.
         backward: the same with rows = keys and cols = the queries that read them (dK, dV without atomics).
-        forward_context, backward_context: with parents, all columns of each tile, in its own and in other documents;
-            see `tiles_and_context`.
+
+    With parents the columns of a list are those in a tile's own document; `tiles_and_context` has the others.
 
     Raises:
         TypeError: cu_seqlens or parents are not int32.
@@ -153,9 +154,6 @@ class PackPlan:
     window: int | None = None
     parents: NDArray[np.int32] | None = None
     forward: NDArray[np.int32] = field(init=False, repr=False)
-    backward: NDArray[np.int32] = field(init=False, repr=False)
-    forward_context: NDArray[np.int32] | None = field(init=False, repr=False)
-    backward_context: NDArray[np.int32] | None = field(init=False, repr=False)
 
     COLUMNS = ("document", "row_start", "row_end", "col_start", "col_end", "full_start", "full_end", "area")
 
@@ -165,7 +163,7 @@ class PackPlan:
             raise TypeError(
                 f"cu_seqlens: got {cu_seqlens.dtype} {list(cu_seqlens.shape)}, expected int32 [documents + 1]"
             )
-        if cu_seqlens.size == 0 or cu_seqlens[0] != 0 or np.any(np.diff(cu_seqlens) < 0):
+        if cu_seqlens.size == 0 or cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
             raise ValueError(
                 f"cu_seqlens: got {cu_seqlens[:8].tolist()}..., expected 0 followed by the end of each document"
             )
@@ -176,11 +174,13 @@ class PackPlan:
         object.__setattr__(self, "cu_seqlens", cu_seqlens)
         if self.parents is not None:
             object.__setattr__(self, "parents", self._checked_parents())
-        for name, backward in (("forward", False), ("backward", True)):
-            rows, cols = (self.kv_tile, self.q_tile) if backward else (self.q_tile, self.kv_tile)
-            made = self.tiles_and_context(rows, cols, backward=backward, causal=self.causal, window=self.window)
-            object.__setattr__(self, name, made[0])
-            object.__setattr__(self, f"{name}_context", made[1])
+        own = self.tiles(self.q_tile, self.kv_tile, backward=False, causal=self.causal, window=self.window)
+        object.__setattr__(self, "forward", own)
+
+    @cached_property
+    def backward(self) -> NDArray[np.int32]:
+        """See the class; made when it is first asked for."""
+        return self.tiles(self.kv_tile, self.q_tile, backward=True, causal=self.causal, window=self.window)
 
     def tiles(
         self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None
@@ -189,9 +189,13 @@ class PackPlan:
         return self.tiles_and_context(row_tile, col_tile, backward=backward, causal=causal, window=window)[0]
 
     def tiles_and_context(
-        self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None
+        self, row_tile: int, col_tile: int, *, backward: bool, causal: bool, window: int | None, tokens: int = 0
     ) -> tuple[NDArray[np.int32], NDArray[np.int32] | None]:
         """`tiles`, and with parents all columns of each: also in documents that it continues, or that continue it.
+
+        Args:
+            row_tile, col_tile, backward, causal, window: as for `tiles`.
+            tokens: rows of the pack; those past the last document get tiles without columns at the end of the list.
 
         Returns:
             (tiles int32 [tiles, 8], context int32 [tiles + 1 + 5 * ranges]). `context[t]:context[t + 1]` are the places
@@ -200,9 +204,11 @@ class PackPlan:
             is to query `i - gap` by the rule of one document; gap is 0 without a window. Without one a tile of
             `backward` may also reach past its document, into those behind it that continue it.
         """
+        limit = window or 0
         if self.parents is None:
-            return _data.make_tiles(self.cu_seqlens, row_tile, col_tile, causal, window or 0, backward), None
-        return _data.make_tree_tiles(self.cu_seqlens, self.parents, row_tile, col_tile, window or 0, backward)
+            tiles = _data.make_tiles(self.cu_seqlens, row_tile, col_tile, causal, limit, backward, tokens)
+            return tiles, None
+        return _data.make_tree_tiles(self.cu_seqlens, self.parents, row_tile, col_tile, limit, backward, tokens)
 
     def _checked_parents(self) -> NDArray[np.int32]:
         parents, documents = np.ascontiguousarray(self.parents), self.cu_seqlens.size - 1

@@ -26,6 +26,7 @@ struct TileOptions {
   std::int32_t col_tile = 64;   // col_start and full_* fall on multiples of this within the document
   bool causal = true;
   std::int32_t window = 0;
+  std::int64_t tokens = 0;      // rows of the pack: those past the last document get tiles without columns, at the end
 };
 
 namespace detail {
@@ -93,10 +94,26 @@ Tile make_tile(std::int64_t d, std::int64_t base, std::int64_t row, std::int64_t
           static_cast<std::int32_t>(std::min<std::int64_t>(area, INT32_MAX))};
 }
 
+inline std::size_t most_tiles(const std::int32_t* cu_seqlens, std::int64_t documents, const TileOptions& options) {
+  const std::int64_t rows = std::max<std::int64_t>(options.tokens, cu_seqlens[documents]);
+  return static_cast<std::size_t>(rows / options.row_tile + documents + 1);
+}
+
+// Tiles of the rows from `row` on, which belong to no document.
+inline void add_tail(std::int64_t row, std::int64_t documents, const TileOptions& options, std::vector<Tile>& tiles) {
+  for (; row < options.tokens; row += options.row_tile) {
+    const std::int32_t start = static_cast<std::int32_t>(row);
+    const std::int64_t end = std::min(options.tokens, row + options.row_tile);
+    tiles.push_back({static_cast<std::int32_t>(documents), start, static_cast<std::int32_t>(end), start, start, start,
+                     start, 0});
+  }
+}
+
 template <typename Visible, typename PairsBefore>
 std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t documents, const TileOptions& options,
                              Visible visible, PairsBefore pairs_before) {
   std::vector<Tile> tiles;
+  tiles.reserve(most_tiles(cu_seqlens, documents, options));
   for (std::int64_t d = 0; d < documents; ++d) {
     const std::int64_t base = cu_seqlens[d];
     const std::int64_t length = cu_seqlens[d + 1] - base;
@@ -107,6 +124,7 @@ std::vector<Tile> make_tiles(const std::int32_t* cu_seqlens, std::int64_t docume
   }
   // Longest processing time first; ties keep pack order, which keeps a document's keys warm in cache.
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.area > b.area; });
+  add_tail(cu_seqlens[documents], documents, options, tiles);
   return tiles;
 }
 

@@ -21,7 +21,8 @@ struct Span {
 // null where none does.
 class PackTree {
  public:
-  PackTree(const std::int32_t* cu_seqlens, const std::int32_t* parents, std::int64_t documents) : first_{0} {
+  PackTree(const std::int32_t* cu_seqlens, const std::int32_t* parents, std::int64_t documents)
+      : first_{0}, rows_(cu_seqlens[documents]) {
     for (std::int64_t d = 0; d < documents; ++d) {
       const std::int64_t parent = parents == nullptr ? -1 : parents[d];
       if (parent >= 0) {
@@ -43,6 +44,7 @@ class PackTree {
   }
 
   std::int64_t documents() const { return static_cast<std::int64_t>(first_.size()) - 1; }
+  std::int64_t rows() const { return rows_; }  // those that belong to a document
   const std::vector<Span>& spans() const { return spans_; }
   // The spans of document d are first(d) to first(d + 1) of them, the last one its own; no other one is empty.
   std::int64_t first(std::int64_t d) const { return first_[d]; }
@@ -51,6 +53,7 @@ class PackTree {
  private:
   std::vector<std::int64_t> first_;
   std::vector<Span> spans_;
+  std::int64_t rows_;
 };
 
 // Columns of a tile in one document: those in [full_start, full_end) need no mask. With a window the others are seen as
@@ -116,17 +119,19 @@ inline void add_context(const Span& own, const Span& other, bool rows_are_querie
   }
 }
 
-inline TreeTiles in_order(std::vector<WithContext>&& made) {
+inline TreeTiles in_order(std::vector<WithContext>&& made, const PackTree& tree, const TileOptions& options) {
   std::stable_sort(made.begin(), made.end(),
                    [](const WithContext& a, const WithContext& b) { return a.tile.area > b.tile.area; });
   TreeTiles result;
-  std::size_t at = made.size() + 1;
+  for (const WithContext& m : made) result.tiles.push_back(m.tile);
+  add_tail(tree.rows(), tree.documents(), options, result.tiles);
+  std::size_t at = result.tiles.size() + 1;
+  result.context.reserve(at);
   for (const WithContext& m : made) {
-    result.tiles.push_back(m.tile);
     result.context.push_back(static_cast<std::int32_t>(at));
     at += (1 + m.ranges.size()) * sizeof(ColumnRange) / sizeof(std::int32_t);
   }
-  result.context.push_back(static_cast<std::int32_t>(at));
+  result.context.resize(result.tiles.size() + 1, static_cast<std::int32_t>(at));  // the tail has no columns
   result.context.reserve(at);
   for (const WithContext& m : made) {
     const Tile& t = m.tile;
@@ -155,7 +160,7 @@ inline TreeTiles forward_tiles(const PackTree& tree, const TileOptions& options)
       }
     }
   }
-  return detail::in_order(std::move(made));
+  return detail::in_order(std::move(made), tree, options);
 }
 
 // Key tiles with the queries that read them. Without a window descendants that follow their ancestor in the pack are
@@ -186,7 +191,7 @@ inline TreeTiles backward_tiles(const PackTree& tree, const TileOptions& options
       }
     }
   }
-  return detail::in_order(std::move(made));
+  return detail::in_order(std::move(made), tree, options);
 }
 
 }  // namespace forge::data_plane

@@ -232,25 +232,11 @@ def _plan_lists(
     for i, (rows, cols) in enumerate(tiles):
         kind = (rows, cols, i == len(tiles) - 1)
         if kind not in made:
-            own, context = plan.tiles_and_context(rows, cols, causal=causal, window=window, backward=kind[2])
-            if plan.tokens < tokens:
-                tail = _tail(plan, tokens, rows)
-                if context is not None:  # the tiles of the tail have no ranges
-                    context = np.insert(context, len(own), [context[len(own)]] * len(tail))
-                    context[: len(own) + len(tail) + 1] += len(tail)
-                own = np.concatenate([own, tail])
-            made[kind] = (own, context)
+            made[kind] = plan.tiles_and_context(
+                rows, cols, causal=causal, window=window, backward=kind[2], tokens=tokens
+            )
         lists.append(made[kind])
     return lists
-
-
-def _tail(plan: PackPlan, tokens: int, rows: int) -> np.ndarray:
-    start = np.arange(plan.tokens, tokens, rows, dtype=np.int32)
-    tiles = np.zeros((start.size, _COLUMNS), np.int32)
-    tiles[:, :7] = start[:, None]
-    tiles[:, 0] = len(plan.cu_seqlens) - 1
-    tiles[:, 2] = np.minimum(start + rows, tokens)
-    return tiles
 
 
 def _upload(

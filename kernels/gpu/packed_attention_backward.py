@@ -67,13 +67,12 @@ def _exact_sums(
 
 
 @triton.jit
-def _dq_columns(
-    q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, col_start, full_start, full_end,
-    col_end, factor, cap, window, stride_kt, stride_vt,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+def _dq_edges(
+    q_tile, dout_tile, k, v, acc, high, low, delta_tile, query, col_start, full_start, full_end, col_end, factor, cap,
+    window, stride_kt, stride_vt, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """Adds a range of keys to dQ: its edges, then what needs no mask."""
+    """Adds the edges of a range of keys to dQ."""
     key = tl.arange(0, EDGE_N)
     d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
@@ -86,8 +85,18 @@ def _dq_columns(
             q_tile, dout_tile, k_tile, v_tile, acc, high, low, delta_tile, query, col + key, limit, factor, cap, window,
             CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
         )  # fmt: skip
+    return acc
 
+
+@triton.jit
+def _dq_interior(
+    q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, full_start, full_end, factor, cap,
+    window, stride_kt, stride_vt, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys of a range that need no mask to dQ."""
     key = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
     for col in range(full_start, full_end, BLOCK_N):
         if TMA:
@@ -164,16 +173,25 @@ def dq_kernel(
         place, last = context_places(context, kv_heads)
         for at in range(place, last, 5):
             col_start, full_start, full_end, col_end, gap = context_range(context + at, 1, BLOCK_N)
-            acc = _dq_columns(
-                q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query - gap, col_start,
-                full_start, full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N,
-                CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+            acc = _dq_edges(
+                q_tile, dout_tile, k, v, acc, high, low, delta_tile, query - gap, col_start, full_start, full_end,
+                col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+                FLOAT32,
+            )  # fmt: skip
+        for at in range(place, last, 5):
+            _, full_start, full_end, _, _ = context_range(context + at, 1, BLOCK_N)
+            acc = _dq_interior(
+                q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, full_start, full_end,
+                factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
             )  # fmt: skip
     else:
-        acc = _dq_columns(
-            q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, col_start, full_start,
-            full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL, WINDOWED,
-            SOFTCAP, FLOAT32, TMA,
+        acc = _dq_edges(
+            q_tile, dout_tile, k, v, acc, high, low, delta_tile, query, col_start, full_start, full_end, col_end,
+            factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, FLOAT32,
+        )  # fmt: skip
+        acc = _dq_interior(
+            q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, full_start, full_end,
+            factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
         )  # fmt: skip
 
     stored_2d = stored[:, None] if BLOCK_D == D else stored[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -208,13 +226,13 @@ def _dkdv_step(
 
 
 @triton.jit
-def _dkdv_columns(
-    q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start, full_start,
-    full_end, col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
+def _dkdv_edges(
+    q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end, col_end, gap,
+    factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """Adds a range of packed queries to dK and dV: its edges, then what needs no mask."""
+    """Adds the edges of a range of packed queries to dK and dV."""
     m = tl.arange(0, BLOCK_M)
 
     for i in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK_M)):
@@ -241,7 +259,18 @@ def _dkdv_columns(
             q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP - gap, key,
             window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
         )  # fmt: skip
+    return dk_acc, dv_acc
 
+
+@triton.jit
+def _dkdv_interior(
+    q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, full_start, full_end,
+    factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Adds the packed queries of a range that need no mask to dK and dV."""
+    m = tl.arange(0, BLOCK_M)
     for col in range(full_start, full_end, BLOCK_M):
         token = col // GROUP
         local = col - token * GROUP + m
@@ -264,7 +293,7 @@ def _dkdv_columns(
             low = tl.load(lse_low + col + m)
         delta_tile = tl.load(delta + col + m)
         dk_acc, dv_acc = _dkdv_step(
-            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP - gap, key,
+            q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
             window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
         )  # fmt: skip
     return dk_acc, dv_acc
@@ -303,16 +332,28 @@ def dkdv_kernel(
         place, last = context_places(context, kv_heads)
         for at in range(place, last, 5):
             col_start, full_start, full_end, col_end, gap = context_range(context + at, GROUP, BLOCK_M)
-            dk_acc, dv_acc = _dkdv_columns(
-                q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start,
-                full_start, full_end, col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
-                GROUP, D, BLOCK_D, BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+            dk_acc, dv_acc = _dkdv_edges(
+                q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end,
+                col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D,
+                BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32,
+            )  # fmt: skip
+        for at in range(place, last, 5):
+            _, full_start, full_end, _, _ = context_range(context + at, GROUP, BLOCK_M)
+            dk_acc, dv_acc = _dkdv_interior(
+                q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, full_start,
+                full_end, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D, BLOCK_M,
+                CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
             )  # fmt: skip
     else:
-        dk_acc, dv_acc = _dkdv_columns(
-            q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, col_start,
-            full_start, full_end, col_end, 0, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D,
-            BLOCK_D, BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+        dk_acc, dv_acc = _dkdv_edges(
+            q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end, col_end,
+            0, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D, BLOCK_M, CAUSAL,
+            WINDOWED, SOFTCAP, FLOAT32,
+        )  # fmt: skip
+        dk_acc, dv_acc = _dkdv_interior(
+            q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, full_start,
+            full_end, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D, BLOCK_M,
+            CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
         )  # fmt: skip
 
     stored = (key < row_end)[:, None] if BLOCK_D == D else (key < row_end)[:, None] & (d < D)[None, :]

@@ -45,13 +45,12 @@ def _forward_step(
 
 
 @triton.jit
-def _forward_columns(
-    q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, col_start, full_start, full_end, col_end,
-    factor, cap, window, stride_kt, stride_vt,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+def _forward_edges(
+    q_tile, k, v, acc, row_max, row_sum, query, col_start, full_start, full_end, col_end, factor, cap, window,
+    stride_kt, stride_vt, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Takes a range of keys into the running softmax: its edges, then what needs no mask."""
+    """Takes the edges of a range of keys into the running softmax."""
     key = tl.arange(0, EDGE_N)
     d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
@@ -64,8 +63,18 @@ def _forward_columns(
             q_tile, k_tile, v_tile, acc, row_max, row_sum, query, col + key, limit, factor, cap, window,
             CAUSAL, WINDOWED, SOFTCAP, True,
         )  # fmt: skip
+    return acc, row_max, row_sum
 
+
+@triton.jit
+def _forward_interior(
+    q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, full_start, full_end, factor, cap, window,
+    stride_kt, stride_vt, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Takes the keys of a range that need no mask into the running softmax."""
     key = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
     for col in range(full_start, full_end, BLOCK_N):
         if TMA:
@@ -110,18 +119,28 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
     if SHARED:
+        # Two loops over the ranges, not one: what the edges need would take registers from the interior.
         place, last = context_places(context, kv_heads)
         for at in range(place, last, 5):
             col_start, full_start, full_end, col_end, gap = context_range(context + at, 1, BLOCK_N)
-            acc, row_max, row_sum = _forward_columns(
-                q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query - gap, col_start, full_start,
-                full_end, col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL,
-                WINDOWED, SOFTCAP, TMA,
+            acc, row_max, row_sum = _forward_edges(
+                q_tile, k, v, acc, row_max, row_sum, query - gap, col_start, full_start, full_end, col_end, factor,
+                cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+            )  # fmt: skip
+        for at in range(place, last, 5):
+            _, full_start, full_end, _, _ = context_range(context + at, 1, BLOCK_N)
+            acc, row_max, row_sum = _forward_interior(
+                q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, full_start, full_end, factor, cap,
+                window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, TMA,
             )  # fmt: skip
     else:
-        acc, row_max, row_sum = _forward_columns(
-            q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, col_start, full_start, full_end, col_end,
-            factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, TMA,
+        acc, row_max, row_sum = _forward_edges(
+            q_tile, k, v, acc, row_max, row_sum, query, col_start, full_start, full_end, col_end, factor, cap, window,
+            stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+        )  # fmt: skip
+        acc, row_max, row_sum = _forward_interior(
+            q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, full_start, full_end, factor, cap, window,
+            stride_kt, stride_vt, D, BLOCK_D, BLOCK_N, CAUSAL, WINDOWED, SOFTCAP, TMA,
         )  # fmt: skip
 
     # A tile without columns holds rows of no document: they get zeros.
