@@ -46,6 +46,7 @@ class Kernels:
     dq: Blocks
     dkdv: Blocks
     dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill
+    forward_shared: Blocks | None = None  # as many rows, where forward would spill with parents
 
 
 # Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement.
@@ -64,7 +65,12 @@ _HALF = {
         Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2)
     ),
     (100, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
-    (80, 64): Kernels(Blocks(128, 64, 64, 4, 2), Blocks(64, 64, 64, 4, 2), Blocks(32, 128, 0, 8, 2)),
+    (80, 64): Kernels(
+        Blocks(128, 64, 64, 4, 2),
+        Blocks(64, 64, 64, 4, 2),
+        Blocks(32, 128, 0, 8, 2),
+        forward_shared=Blocks(128, 64, 64, 8, 2),
+    ),
     (80, 128): Kernels(Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 0, 8, 2)),
     (80, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(64, 32, 32, 8, 2), Blocks(32, 32, 0, 8, 2)),
     (86, 256): Kernels(Blocks(64, 32, 32, 8, 2), Blocks(64, 32, 32, 8, 1), Blocks(32, 32, 0, 8, 2)),

@@ -59,7 +59,10 @@ def packed_attention(
     lse = torch.empty((_lse_parts(q.dtype), kv_heads, rows), dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    blocks = kernels(q.device, q.dtype, d).forward
+    configured = kernels(q.device, q.dtype, d)
+    blocks = configured.forward
+    if configured.forward_shared and forward_context is not None:
+        blocks = configured.forward_shared
     descriptors = _key_descriptors(k, v, blocks.block_n)
     forward_kernel[forward_tiles.shape[0] * kv_heads,](
         q, k, v, out, lse, *descriptors, forward_tiles, forward_context, *_factors(softcap, scale), window, tokens,
@@ -110,7 +113,8 @@ def packed_attention_backward(
         return dq, *other_dkdv(dout, q, k, v, lse, delta)
     blocks = configured.dkdv
     descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
-    if configured.dkdv_tight and (descriptors[0] is None or softcap or (window and not causal)):
+    crowded = descriptors[0] is None or softcap or (window and not causal) or dkdv_context is not None
+    if configured.dkdv_tight and crowded:
         blocks = configured.dkdv_tight
         descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
     dkdv_kernel[dkdv_tiles.shape[0] * kv_heads,](
