@@ -30,24 +30,24 @@ def pairs(documents: list[tuple[int, int]]) -> int:
     return sum(n * before + n * (n + 1) // 2 for before, n in documents)
 
 
-def _pack(lengths: list[int], heads: Heads, backward: bool, device: str) -> tuple[list[Tensor], Tensor, Tensor]:
+def _pack(lengths: list[int], heads: Heads, backward: bool, device: str) -> tuple[list[Tensor], Tensor, np.ndarray]:
     """q, k and v, an upstream gradient, and cu_seqlens on the host."""
     inputs = [
         torch.randn(sum(lengths), count, heads.d, dtype=torch.bfloat16, device=device, requires_grad=backward)
         for count in (heads.q, heads.kv, heads.kv)
     ]
-    return inputs, torch.randn_like(inputs[0]), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return inputs, torch.randn_like(inputs[0]), np.array([0, *np.cumsum(lengths)], np.int32)
 
 
 def candidates(heads: Heads, backward: bool, device: str) -> Candidates:
     """forge with the prompt once; forge and SDPA on a row for each answer, SDPA on the same pack with a mask."""
     lengths, row = [PROMPT] + [ANSWER] * ANSWERS, PROMPT + ANSWER
-    shared, upstream, bounds = _pack(lengths, heads, backward, device)
-    rows, rows_upstream, row_bounds = _pack([row] * ANSWERS, heads, backward, device)
-    parents = torch.tensor([-1] + [0] * ANSWERS, dtype=torch.int32)
-    plan, row_plan = PackPlan(bounds.numpy(), parents=parents.numpy()), PackPlan(row_bounds.numpy())
-    bounds, row_bounds, parents = bounds.to(device), row_bounds.to(device), parents.to(device)
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    shared, upstream, host = _pack(lengths, heads, backward, device)
+    rows, rows_upstream, row_host = _pack([row] * ANSWERS, heads, backward, device)
+    tree = np.array([-1] + [0] * ANSWERS, np.int32)
+    plan, row_plan = PackPlan(host, parents=tree), PackPlan(row_host)
+    bounds, row_bounds, parents = (torch.tensor(x, device=device) for x in (host, row_host, tree))
+    document = torch.tensor(np.repeat(np.arange(len(lengths)), lengths), device=device)
     causal = torch.ones(len(document), len(document), dtype=torch.bool, device=device).tril()
     mask = causal & ((document[:, None] == document) | (document == 0))
 
