@@ -326,7 +326,7 @@ def packed_attention_hopper_backward(
         return dkdv(dout, q, k, v, lse, delta, dkdv_tiles, causal, window, scale)
 
     return packed_attention_backward(
-        dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, 0.0, scale, by_gluon
+        dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, 0.0, scale, other_dkdv=by_gluon
     )
 
 
