@@ -3,6 +3,7 @@
 At thousands of tokens one dequantisation and a dense matmul beat kernels that do both at once; see docs/LOG.md.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ class FourBit(Tensor):
     def dequantize(self) -> Tensor:
         """The dense weight, in one launch."""
         try:
-            from bitsandbytes.functional import dequantize_4bit
+            functional = importlib.import_module("bitsandbytes.functional")
         except ImportError as error:
             raise ImportError(
                 "weight: got a Params4bit, which bitsandbytes makes dense, but bitsandbytes cannot be imported here; "
@@ -42,10 +43,11 @@ class FourBit(Tensor):
                 f"weight: got a 4-bit weight with rows of {self.shape[1]} in blocks of {state.blocksize}, which "
                 "bitsandbytes decodes wrongly on the CPU (0.50); expected a multiple, or a GPU"
             )
-        return dequantize_4bit(self.packed.detach().as_subclass(Tensor), state)
+        dense: Tensor = functional.dequantize_4bit(self.packed.detach().as_subclass(Tensor), state)
+        return dense
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """A FourBit only carries a weight to a matmul."""
         raise TypeError(f"{func}: got a 4-bit weight, expected a dense one; weight.dequantize() gives it")
 
