@@ -12,6 +12,7 @@ from bench.isolate import Isolated
 from bench.load import OtherLoad
 from bench.registry import Candidate, Lazy, Missing, Remote, Slow, Workload, suite_device
 
+NOT_MEASURED = "not measured"  # begins the reason of a workload that there was no time for
 _AGREE = 0.02  # candidates that return a number (a loss) must return the same one, up to this share of it
 
 Say = Callable[[str], None]
@@ -49,7 +50,7 @@ def run(
     rows = []
     for workload in workloads:
         if time.monotonic() - begin > 60 * minutes:
-            rows.append(report.failed_row(workload, f"not measured, {minutes:g} minutes were over"))
+            rows.append(report.failed_row(workload, f"{NOT_MEASURED}, {minutes:g} minutes were over"))
         elif child:
             rows.append(child.measure(workload, roofline))
         else:
