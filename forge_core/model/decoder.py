@@ -137,11 +137,18 @@ class DecoderLayer(nn.Module):
                 self.add_module(name, _norm(config, config.hidden_size))
 
     def forward(
-        self, x: Tensor, tables: Sequence[tuple[Tensor, Tensor]], attend: Attend, dropout_seed: int | None = None
+        self,
+        x: Tensor,
+        tables: Sequence[tuple[Tensor, Tensor]],
+        attend: Attend,
+        dropout_seed: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """[tokens, hidden] -> [tokens, hidden]."""
+        """[tokens, hidden] -> [tokens, hidden], or only these rows of it (int64)."""
         names = self.norm_names
         attended = self.self_attn(self._normed(names.pre_attention, x), tables, attend, dropout_seed)
+        if rows is not None:
+            attended, x = attended[rows], x[rows]
         attended = self._normed(names.post_attention, attended)
         if names.pre_mlp is None:
             normed = x = attended + x
@@ -167,18 +174,26 @@ class Decoder(nn.Module):
         self.rotary = RotaryTables(config)
         self.activation_checkpointing = False
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, dropout_seed: int | None = None) -> Tensor:
-        """input_ids and positions int64 [tokens] -> [tokens, hidden]."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        dropout_seed: int | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids and positions int64 [tokens] -> [tokens, hidden], or only these rows of it (int64)."""
         x = self.embed_tokens(input_ids)
         tables = self.rotary(positions, x.dtype)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             seed = None if dropout_seed is None else (dropout_seed + 4 * index) & _SEED_MASK
+            wanted = rows if index + 1 == len(self.layers) else None
             if recompute:
                 # Dropout seeds are arguments, so no generator state has to be saved and restored.
-                x = checkpoint(layer, x, tables, attend, seed, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, tables, attend, seed, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, tables, attend, seed)
+                x = layer(x, tables, attend, seed, wanted)
         return self.norm(x)
 
 

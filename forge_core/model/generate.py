@@ -111,8 +111,8 @@ def _prefill(model: CausalLM, cache: KVCache, prompts: list[Sequence[int]], firs
     positions = torch.arange(input_ids.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
     positions = positions.to(device)
     attend = PrefillAttend(cache, cu_seqlens.to(device), rows.to(device), positions)
-    hidden = model.model(input_ids.to(device), positions, attend)
-    return hidden[(cu_seqlens[1:] - 1).long().to(device)]
+    last = (cu_seqlens[1:] - 1).long().to(device)
+    return model.model(input_ids.to(device), positions, attend, rows=last)
 
 
 def _decode(step: DecodeStep, active: list[_Sequence]) -> Tensor:
@@ -130,10 +130,9 @@ def _decode(step: DecodeStep, active: list[_Sequence]) -> Tensor:
 
 def _retire(cache: KVCache, active: list[_Sequence], ended: list[_Sequence]) -> None:
     """Drop ended sequences; the last running ones move into the rows that become free."""
-    for sequence in ended:
-        row = active.index(sequence)
+    for row in sorted((active.index(sequence) for sequence in ended), reverse=True):  # so that none that ended moves
         last = active.pop()
-        if last is not sequence:
+        if row < len(active):
             cache.move(len(active), row, last.length)
             active[row] = last
 
