@@ -50,18 +50,19 @@ class KVCache:
 
 
 class PrefillAttend:
-    """Attention inside the documents of a pack of prompts, which also fills the cache.
+    """Attention inside a pack of prompts, which also fills the cache.
 
-    rows, positions: int64 [tokens], cache row and position of each token.
+    Token source[i] of the pack goes to row rows[i], position positions[i] of the cache (int64, on its device). Where
+    prompts share a prefix, a token goes to several rows.
     """
 
-    def __init__(self, cache: KVCache, cu_seqlens: Tensor, rows: Tensor, positions: Tensor) -> None:
-        self.cache, self.packed = cache, PackedAttend(cu_seqlens, None)
-        self.rows, self.positions = rows, positions
+    def __init__(self, cache: KVCache, packed: PackedAttend, source: Tensor, rows: Tensor, positions: Tensor) -> None:
+        self.cache, self.packed = cache, packed
+        self.source, self.rows, self.positions = source, rows, positions
 
     def __call__(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `decoder.Attend`."""
-        self.cache.write(attention.index, self.rows, self.positions, k, v)
+        self.cache.write(attention.index, self.rows, self.positions, k[self.source], v[self.source])
         return self.packed(attention, q, k, v)
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forge_core.kernels import linear_argmax
+from forge_core.kernels import PackPlan, linear_argmax
 
 from .cache import KVCache, PrefillAttend
+from .decoder import PackedAttend
+from .prefix import common_prefix, pack_prefixes
 from .sampling import choose_tokens
 from .step import DecodeStep
 
@@ -101,18 +103,25 @@ def generate(
 
 
 def _prefill(model: CausalLM, cache: KVCache, prompts: list[Sequence[int]], first_row: int) -> Tensor:
-    """Run a pack of prompts, fill rows first_row... of the cache; hidden state of each prompt's last token."""
+    """Run prompts as one pack, fill rows first_row... of the cache; hidden state of each prompt's last token."""
     device = model.lm_head_weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    cu_seqlens = torch.zeros(len(prompts) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = lengths.cumsum(0)
-    input_ids = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
-    rows = torch.repeat_interleave(torch.arange(first_row, first_row + len(prompts)), lengths)
-    positions = torch.arange(input_ids.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-    positions = positions.to(device)
-    attend = PrefillAttend(cache, cu_seqlens.to(device), rows.to(device), positions)
-    last = (cu_seqlens[1:] - 1).long().to(device)
-    return model.model(input_ids.to(device), positions, attend, rows=last)
+    pack = pack_prefixes(prompts)
+    source = np.concatenate(pack.rows)
+    lengths = [len(prompt) for prompt in prompts]
+    cache_rows = np.repeat(np.arange(first_row, first_row + len(prompts)), lengths)
+    cache_positions = np.concatenate([np.arange(length) for length in lengths])
+    positions = np.empty_like(pack.input_ids)
+    positions[source] = cache_positions
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    parents = pack.parents if (pack.parents >= 0).any() else None
+    plan = PackPlan(pack.cu_seqlens, parents=parents)
+    packed = PackedAttend(tensor(pack.cu_seqlens), plan, None if parents is None else tensor(parents))
+    attend = PrefillAttend(cache, packed, tensor(source), tensor(cache_rows), tensor(cache_positions))
+    last = tensor(np.array([rows[-1] for rows in pack.rows]))
+    return model.model(tensor(pack.input_ids), tensor(positions), attend, rows=last)
 
 
 def _decode(step: DecodeStep, active: list[_Sequence]) -> Tensor:
@@ -138,12 +147,13 @@ def _retire(cache: KVCache, active: list[_Sequence], ended: list[_Sequence]) -> 
 
 
 def _prefill_groups(prompts: Sequence[Sequence[int]], waiting: Iterator[int], free: int) -> Iterator[list[int]]:
-    """Up to `free` waiting prompts, in groups of about `_PREFILL_TOKENS` tokens."""
+    """Up to `free` waiting prompts, in groups of `_PREFILL_TOKENS` tokens; what one shares with the last is free."""
     group: list[int] = []
     tokens = 0
     for _, index in zip(range(free), waiting, strict=False):
+        shared = common_prefix(np.array(prompts[group[-1]]), np.array(prompts[index])) if group else 0
         group.append(index)
-        tokens += len(prompts[index])
+        tokens += len(prompts[index]) - shared
         if tokens >= _PREFILL_TOKENS:
             yield group
             group, tokens = [], 0
