@@ -294,7 +294,7 @@ class CausalLM(nn.Module):
         """Continue each prompt with up to `max_new_tokens` tokens.
 
         Adapters act unless they are disabled; dropout is off. A prefix that prompts share is computed once: several
-        answers to one prompt cost one. Sequences that end make room for waiting prompts; only running ones are computed.
+        answers to one prompt cost one. Sequences that end make room for waiting ones; only running ones are computed.
         Prompt i draws from its own stream of random numbers, a function of (seed, i): its result does not depend on its
         neighbours, up to rounding.
 
