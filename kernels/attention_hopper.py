@@ -1,7 +1,7 @@
 """packed_attention by the Gluon kernels for Hopper, and the choice between them and Triton's by measurement.
 
-Forward pass, dK and dV are Gluon's; dQ, and what the dK/dV kernel does not take, Triton's: they agree on what lies
-between them, `lse` in base 2 and delta.
+What the Gluon kernels of the backward pass do not take is Triton's: they agree on what lies between them, `lse` in
+base 2 and delta.
 """
 
 import functools
@@ -18,8 +18,13 @@ from .gpu.attention_tiles import HOPPER_ROWS, hopper_backward_takes, hopper_tile
 from .library import register_op
 from .pack import PackPlan
 
-# backend -> whether the two warpgroups of the forward kernel take turns, and whether dK and dV are Gluon's.
-NAMES = {"gluon": (False, True), "gluon_pingpong": (True, True), "gluon_forward": (False, False)}
+# backend -> whether the two warpgroups of the forward kernel take turns, whether dQ is Gluon's, and whether dK and dV.
+NAMES = {
+    "gluon": (False, True, True),
+    "gluon_pingpong": (True, True, True),
+    "gluon_dkdv": (False, False, True),
+    "gluon_forward": (False, False, False),
+}
 
 
 def reasons(
@@ -66,7 +71,7 @@ def _language_reasons() -> list[str]:
 
 
 def run(
-    ways: tuple[bool, bool],
+    ways: tuple[bool, bool, bool],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -81,11 +86,11 @@ def run(
     """Attention by the Gluon kernel; see `reasons`."""
     if scale < 0:  # the kernel takes the largest logit from the largest product
         q, scale = -q, -scale
-    pingpong, backward = ways
-    backward = backward and hopper_backward_takes(q, k, softcap)
-    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k, backward))
+    pingpong, *wanted = ways
+    dq, dkdv = (way and takes for way, takes in zip(wanted, hopper_backward_takes(q, k, softcap), strict=True))
+    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k, dq, dkdv))
     op = torch.ops.forge_triton.packed_attention_hopper
-    return op(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale, pingpong, backward)[0]
+    return op(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale, pingpong, dq, dkdv)[0]
 
 
 def fastest(ways: dict[str, Callable[..., Tensor]], inputs: tuple) -> str:
@@ -136,33 +141,33 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, ctx.by_gluon = inputs
+    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, gluon_dq, gluon_dkdv = inputs
+    ctx.by_gluon = gluon_dq, gluon_dkdv
     ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
-    if ctx.by_gluon:
-        causal, window, _softcap, scale = ctx.options
-        gradients = ops.packed_attention_hopper_backward(dout, *ctx.saved_tensors, causal, window, scale)
+    if any(ctx.by_gluon):
+        gradients = ops.packed_attention_hopper_backward(dout, *ctx.saved_tensors, *ctx.options, *ctx.by_gluon)
     else:
         gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None, None, None, None, None
 
 
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_TILES = "Tensor dq_tiles, Tensor dkdv_tiles, bool causal, int window"
+_OPTIONS = "Tensor dq_tiles, Tensor dkdv_tiles, bool causal, int window, float softcap, float scale"
 
 register_op(
     "packed_attention_hopper", _fake, _backward, _setup_context, gpu="packed_attention_hopper",
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, {_TILES}, float softcap, float scale, "
-    "bool pingpong, bool gluon_backward) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, {_OPTIONS}, "
+    "bool pingpong, bool gluon_dq, bool gluon_dkdv) -> (Tensor, Tensor)",
 )  # fmt: skip
 register_op(
     "packed_attention_hopper_backward", _fake_backward, gpu="packed_attention_hopper_backward",
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_TILES}, float scale) -> (Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, bool gluon_dq, bool gluon_dkdv) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip

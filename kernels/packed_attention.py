@@ -56,7 +56,8 @@ def packed_attention(
         backend: "auto" tries "cpp" (CPU), "triton", the packages "flash_attn_3", "flash_attn_2", "flash_attn_4" and
             "varlen_attn" (torch's), where they are installed and a plan is given, then "reference". The order is by
             what they take and repeat bit for bit, not by speed, which has not been measured yet. On a Hopper GPU the
-            first call of a size measures "triton" against "gluon", "gluon_pingpong" and "gluon_forward", and remembers.
+            first call of a size measures "triton" against "gluon", "gluon_pingpong", "gluon_dkdv" and "gluon_forward",
+            and remembers.
 
     Returns:
         [tokens, q_heads, d], dtype of q.

@@ -93,9 +93,9 @@ def fetch(source, at, slot, ready, free, phase, BYTES: gl.constexpr):
 
 
 @gluon.jit
-def part(slot, source, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+def part(slot, source, ROWS: gl.constexpr, WIDTH: gl.constexpr, HEADS: gl.constexpr = 1):
     """The slot as it holds a block of the descriptor `source`, which may be lower than the slot."""
-    return slot._reinterpret(source.dtype, [ROWS, 1, WIDTH], source.layout)
+    return slot._reinterpret(source.dtype, [ROWS, HEADS, WIDTH], source.layout)
 
 
 @gluon.jit
@@ -134,6 +134,23 @@ def capped(product, factor, cap):
     z = x * x
     tail = -0.333333304 + z * (0.13332924 + z * (-0.0538751382 + z * (0.021116214 + z * -0.00627638759)))
     return cap * gl.where(z < 0.36, x + x * z * tail, 1 - 2 / (gl.exp2(2.8853900817779268 * x) + 1))
+
+
+@gluon.jit
+def store_queries(
+    acc, out, head, row_start, row_end, stride_ot, stride_oh, GROUP: gl.constexpr, PADDED: gl.constexpr,
+    D: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Stores packed rows, PADDED to a token of which GROUP are heads."""
+    COPY: gl.constexpr = row_layout(ROWS, WIDTH)
+    values = gl.convert_layout(acc.to(DTYPE), COPY)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
+    stored = (row_start + row // PADDED < row_end) & (row % PADDED < GROUP)
+    out += gl.cast(row_start, gl.int64) * stride_ot + gl.cast(head * GROUP, gl.int64) * stride_oh
+    offsets = row // PADDED * stride_ot + row % PADDED * stride_oh
+    inside = stored[:, None] if D == WIDTH else stored[:, None] & (d < D)[None, :]
+    gl.store(out + offsets[:, None] + d[None, :], values, mask=inside)
 
 
 @constexpr_function

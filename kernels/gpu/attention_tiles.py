@@ -119,10 +119,8 @@ def tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 HOPPER_ROWS = 128  # packed rows of a tile of the Gluon kernel, packed_attention_hopper.py
-HOPPER_KEYS, HOPPER_QUERIES = (
-    128,
-    64,
-)  # keys of a tile and packed rows of a block of packed_attention_hopper_backward.py
+HOPPER_KEYS, HOPPER_QUERIES = 128, 64  # of a tile and of a block (packed rows) of packed_attention_hopper_backward.py
+HOPPER_DQ_KEYS = 64  # of a block of packed_attention_hopper_dq.py, whose tiles have HOPPER_ROWS
 
 
 def padded_group(group: int) -> int:
@@ -135,18 +133,23 @@ def hopper_edge(d: int) -> int:
     return 64 if d <= 128 else 32
 
 
-def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None) -> bool:
-    """Whether there is a Gluon kernel for dK and dV: it has registers for no softcap and no other head dimension."""
+def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None) -> tuple[bool, bool]:
+    """Whether there are Gluon kernels for dQ, and for dK and dV: without softcap; what they have registers for."""
     group = q.shape[1] // k.shape[1]
-    return padded_group(group) == group <= HOPPER_QUERIES // 2 and q.shape[2] in (64, 128) and not softcap
+    dkdv = padded_group(group) == group <= HOPPER_QUERIES // 2 and q.shape[2] in (64, 128)
+    return q.shape[2] <= 128 and not softcap, dkdv and not softcap
 
 
-def hopper_tile_sizes(q: Tensor, k: Tensor, backward: bool) -> tuple[tuple[int, int], ...]:
-    """As `tile_sizes`, for a forward pass by the Gluon kernel and, with `backward`, dK and dV too. dQ is Triton's."""
+def hopper_tile_sizes(q: Tensor, k: Tensor, gluon_dq: bool, gluon_dkdv: bool) -> tuple[tuple[int, int], ...]:
+    """As `tile_sizes`, for a forward pass by the Gluon kernel and dQ, dK and dV by Gluon's or Triton's."""
     group = q.shape[1] // k.shape[1]
+    rows = HOPPER_ROWS // padded_group(group)
     _, dq, dkdv = tile_sizes(q, k)
-    keys = (HOPPER_KEYS, HOPPER_QUERIES // 2 // group) if backward else dkdv
-    return (HOPPER_ROWS // padded_group(group), hopper_edge(q.shape[2])), dq, keys
+    if gluon_dq:
+        dq = (rows, HOPPER_DQ_KEYS)
+    if gluon_dkdv:
+        dkdv = (HOPPER_KEYS, HOPPER_QUERIES // 2 // group)
+    return (rows, hopper_edge(q.shape[2])), dq, dkdv
 
 
 def architecture(device: torch.device) -> int:

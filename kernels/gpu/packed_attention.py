@@ -88,9 +88,14 @@ def packed_attention_backward(
     dq_context: Tensor | None = None,
     dkdv_context: Tensor | None = None,
     *,
+    other_dq: Callable[..., tuple[Tensor, Tensor]] | None = None,
     other_dkdv: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the two backward kernels: dq, dk, dv. `other_dkdv(dout, q, k, v, lse, delta)` replaces the second."""
+    """Launches the two backward kernels: dq, dk, dv.
+
+    `other_dq(dout, q, k, v, out, lse)` replaces the first, which leaves dq and delta, and `other_dkdv(dout, q, k, v,
+    lse, delta)` the second.
+    """
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     q, k, v, out, dout = (_readable(x, q.shape[1] // k.shape[1]) for x in (q, k, v, out, dout))
     tokens, kv_heads, d = k.shape
@@ -101,13 +106,16 @@ def packed_attention_backward(
     constants = _constants(q, k, causal, window, softcap)
     scalars = (*_factors(softcap, scale), scale, window, tokens, kv_heads)
 
-    blocks = configured.dq
-    descriptors = _key_descriptors(k, v, blocks.block_n)
-    dq_kernel[dq_tiles.shape[0] * kv_heads,](
-        q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, dq_context, *scalars,
-        *_strides(q, k, v, out, dout), **constants, **_sizes(blocks), EDGE_N=blocks.edge_n,
-        SHARED=dq_context is not None, TMA=descriptors[0] is not None,
-    )  # fmt: skip
+    if other_dq is not None:
+        dq, delta = other_dq(dout, q, k, v, out, lse)
+    else:
+        blocks = configured.dq
+        descriptors = _key_descriptors(k, v, blocks.block_n)
+        dq_kernel[dq_tiles.shape[0] * kv_heads,](
+            q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, dq_context, *scalars,
+            *_strides(q, k, v, out, dout), **constants, **_sizes(blocks), EDGE_N=blocks.edge_n,
+            SHARED=dq_context is not None, TMA=descriptors[0] is not None,
+        )  # fmt: skip
 
     if other_dkdv is not None:
         return dq, *other_dkdv(dout, q, k, v, lse, delta)
@@ -214,9 +222,11 @@ def workloads() -> list[Workload]:
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
         listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)
     listed += _calls("float32, D 64", 8, 1, 64, True, 0, 0.0, torch.float32, ())
-    from . import packed_attention_hopper, packed_attention_hopper_backward
+    from . import packed_attention_hopper, packed_attention_hopper_backward, packed_attention_hopper_dq
 
-    return listed + packed_attention_hopper.workloads() + packed_attention_hopper_backward.workloads()
+    for module in (packed_attention_hopper, packed_attention_hopper_dq, packed_attention_hopper_backward):
+        listed += module.workloads()
+    return listed
 
 
 def _calls(

@@ -48,7 +48,7 @@ from .attention_hopper_common import (
     load_item,
     nth_item,
     part,
-    row_layout,
+    store_queries,
     visible,
 )
 from .attention_tiles import HOPPER_ROWS, hopper_edge, padded_group, padded_head_dim
@@ -152,16 +152,10 @@ def _store(
     lse += (gl.cast(head, gl.int64) * tokens + row_start) * GROUP
     gl.store(lse + row // PADDED * GROUP + row % PADDED, gl.where(empty, 0.0, row_max + gl.log2(row_sum)), mask=stored)
 
-    COPY: gl.constexpr = row_layout(ROWS, WIDTH)
-    acc *= (1 / row_sum)[:, None]
-    values = gl.convert_layout(acc.to(DTYPE), COPY)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
-    stored = (row_start + row // PADDED < row_end) & (row % PADDED < GROUP)
-    out += gl.cast(row_start, gl.int64) * stride_ot + gl.cast(head * GROUP, gl.int64) * stride_oh
-    offsets = row // PADDED * stride_ot + row % PADDED * stride_oh
-    inside = stored[:, None] if D == WIDTH else stored[:, None] & (d < D)[None, :]
-    gl.store(out + offsets[:, None] + d[None, :], values, mask=inside)
+    store_queries(
+        acc * (1 / row_sum)[:, None], out, head, row_start, row_end, stride_ot, stride_oh, GROUP, PADDED, D, ROWS,
+        WIDTH, DTYPE,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -340,7 +334,8 @@ def packed_attention_hopper(
     softcap: float,
     scale: float,
     pingpong: bool,
-    gluon_backward: bool,
+    gluon_dq: bool,
+    gluon_dkdv: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel: out, lse. `forward_tiles` has tiles of `hopper_tile_sizes`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -386,7 +381,7 @@ def _call(
     tokens, group = 8192, q_heads // kv_heads
     q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
     tiles = meta(16 * math.ceil(512 / (HOPPER_ROWS // padded_group(group))), 8, dtype=torch.int32)
-    options = (causal, window, softcap, d**-0.5, pingpong, True)
+    options = (causal, window, softcap, d**-0.5, pingpong, True, True)
     return Workload(
         f"packed_attention: Gluon forward {name}, {q_heads}/{kv_heads} heads",
         lambda: packed_attention_hopper(q, kv, kv, tiles, tiles, tiles, *options),

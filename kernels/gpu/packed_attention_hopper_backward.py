@@ -38,11 +38,13 @@ from .attention_hopper_common import (
     edge_columns,
     load_item,
     nth_item,
+    part,
     row_layout,
     visible,
 )
 from .attention_tiles import HOPPER_KEYS, HOPPER_QUERIES, padded_head_dim
 from .packed_attention import _bulk_copies, _factors, packed_attention_backward
+from .packed_attention_hopper_dq import dq
 from .workload import Workload, meta, multiprocessors
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS = 240, 24, 168
@@ -88,12 +90,12 @@ def _produce(
                 EDGE_BYTES: gl.constexpr = EDGE * GROUP * (WIDTH * 2 + 4)
                 at, place = [col, head * GROUP, 0], [(head * tokens + col) * GROUP]
                 _fetch(
-                    q_edge, at, lse_edge, place, _rows(q_ring.index(slot), q_edge, EDGE, GROUP, WIDTH),
+                    q_edge, at, lse_edge, place, part(q_ring.index(slot), q_edge, EDGE, WIDTH, GROUP),
                     _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP), q_ready.index(slot), q_free.index(slot),
                     phase, EDGE_BYTES,
                 )  # fmt: skip
                 _fetch(
-                    dout_edge, at, delta_edge, place, _rows(o_ring.index(slot), q_edge, EDGE, GROUP, WIDTH),
+                    dout_edge, at, delta_edge, place, part(o_ring.index(slot), q_edge, EDGE, WIDTH, GROUP),
                     _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), o_ready.index(slot), o_free.index(slot),
                     phase, EDGE_BYTES,
                 )  # fmt: skip
@@ -110,12 +112,6 @@ def _produce(
                     o_free.index(slot), phase, BYTES,
                 )  # fmt: skip
                 slot, phase = advance(slot, phase, STAGES)
-
-
-@gluon.jit
-def _rows(slot, source, TOKENS: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr):
-    """The slot as it holds a block of an edge."""
-    return slot._reinterpret(source.dtype, [TOKENS, GROUP, WIDTH], source.layout)
 
 
 @gluon.jit
@@ -243,8 +239,8 @@ def _consume(
                 # Queries before the first key of this consumer see none of them.
                 if (not CAUSAL) or col + EDGE > row_start:
                     dk, dv = _add_edge(
-                        _rows(q_ring.index(slot), q_edge, EDGE, GROUP, WIDTH).reshape([EDGE * GROUP, WIDTH]),
-                        _rows(o_ring.index(slot), q_edge, EDGE, GROUP, WIDTH).reshape([EDGE * GROUP, WIDTH]),
+                        part(q_ring.index(slot), q_edge, EDGE, WIDTH, GROUP).reshape([EDGE * GROUP, WIDTH]),
+                        part(o_ring.index(slot), q_edge, EDGE, WIDTH, GROUP).reshape([EDGE * GROUP, WIDTH]),
                         _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP),
                         _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), k_tile, v_tile, dk, dv, key, col,
                         limit, factor, GROUP, CAUSAL, WINDOW, OPERAND, dtype, MASKED,
@@ -318,16 +314,26 @@ def packed_attention_hopper_backward(
     dkdv_tiles: Tensor,
     causal: bool,
     window: int,
+    softcap: float,
     scale: float,
+    gluon_dq: bool,
+    gluon_dkdv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches Triton's dQ kernel, which leaves delta, and the kernel above: dq, dk, dv."""
+    """Launches the kernel of packed_attention_hopper_dq.py and the one above, each or Triton's: dq, dk, dv.
 
-    def by_gluon(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    dQ comes first: it leaves delta.
+    """
+
+    def first(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        return dq(dout, q, k, v, out, lse, dq_tiles, causal, window, scale)
+
+    def second(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         return dkdv(dout, q, k, v, lse, delta, dkdv_tiles, causal, window, scale)
 
     return packed_attention_backward(
-        dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, 0.0, scale, other_dkdv=by_gluon
-    )
+        dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, softcap, scale,
+        other_dq=first if gluon_dq else None, other_dkdv=second if gluon_dkdv else None,
+    )  # fmt: skip
 
 
 STAGES = {64: 4, 128: 3}  # by padded head dimension
@@ -337,7 +343,7 @@ def dkdv(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tensor,
     causal: bool, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches the kernel: dk, dv. `tiles` are those of `hopper_tile_sizes`; delta comes from Triton's dQ kernel."""
+    """Launches the kernel: dk, dv. `tiles` are those of `hopper_tile_sizes`; delta comes from the dQ kernel."""
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     tokens, kv_heads, d = k.shape
     group, width = q.shape[1] // kv_heads, max(64, padded_head_dim(d))
@@ -345,9 +351,9 @@ def dkdv(
     cols, items = HOPPER_QUERIES // group, tiles.shape[0] * kv_heads
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     queries = []
-    for part in (1, 2):  # whole blocks, and those of edges
-        queries += [described(x, [cols // part, group, width]) for x in (q, dout)]
-        queries += [TensorDescriptor.from_tensor(x.view(-1), [HOPPER_QUERIES // part], flat) for x in (lse, delta)]
+    for share in (1, 2):  # whole blocks, and those of edges
+        queries += [described(x, [cols // share, group, width]) for x in (q, dout)]
+        queries += [TensorDescriptor.from_tensor(x.view(-1), [HOPPER_QUERIES // share], flat) for x in (lse, delta)]
     programs = min(items, multiprocessors(q.device))  # an argument costs no register, gl.num_programs does
     hopper_dkdv_kernel[(programs,)](
         *queries, *(described(x, [HOPPER_KEYS // 2, 1, width]) for x in (k, v)),

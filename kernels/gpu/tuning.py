@@ -25,7 +25,7 @@ AGREE = 2**-5  # of the largest value: several roundings to bfloat16, far less t
 MARGIN = 0.99  # of the default's time; below that another way replaces it
 # Warp-specialised kernels that have only run in a simulator: an error in their barriers would hang the GPU, and no
 # user's first call shall do that. Once `make gpu` has passed on a Hopper GPU, empty this.
-UNPROVED = frozenset({"gluon", "gluon_pingpong", "gluon_forward"})
+UNPROVED = frozenset({"gluon", "gluon_pingpong", "gluon_dkdv", "gluon_forward"})
 
 _choices: dict[str, str] | None = None
 

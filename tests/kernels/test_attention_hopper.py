@@ -9,6 +9,7 @@ from torch import Tensor
 
 from forge_core.kernels import PackPlan, available_backends, library, packed_attention
 from forge_core.kernels import attention_hopper as hopper
+from forge_core.kernels.gpu import attention_tiles
 from tests.tolerance import check_op
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and library.TRITON_INSTALLED
@@ -126,7 +127,7 @@ def test_auto_times_both_tiers_once(name: str, tmp_path: Any, monkeypatch: pytes
 
 
 def test_says_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert available_backends("packed_attention")["packed_attention"][:5] == ["cpp", "triton", *hopper.NAMES]
+    assert available_backends("packed_attention")["packed_attention"][:6] == ["cpp", "triton", *hopper.NAMES]
     x, bounds = torch.ones(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="gluon: runs on a Hopper GPU, got a tensor on cpu"):
         packed_attention(x, x, x, bounds, backend="gluon")
@@ -155,6 +156,20 @@ def test_the_choice_is_made_once_for_a_class_of_sizes(monkeypatch: pytest.Monkey
     assert keys[0][1:] == (["triton", "gluon"], "triton")
 
 
+def test_what_the_backward_kernels_take() -> None:
+    for d, heads, softcap, expected in (
+        (128, (8, 2), None, (True, True)), (64, (64, 2), None, (True, True)), (96, (8, 2), None, (True, False)),
+        (128, (7, 1), None, (True, False)), (128, (64, 1), None, (True, False)), (256, (4, 2), None, (False, False)),
+        (128, (8, 2), 20.0, (False, False)),
+    ):  # fmt: skip
+        q, k = torch.empty(4, heads[0], d), torch.empty(4, heads[1], d)
+        taken = attention_tiles.hopper_backward_takes(q, k, softcap)
+        assert taken == expected, (d, heads, softcap)
+        triton = attention_tiles.hopper_tile_sizes(q, k, False, False)
+        sizes = attention_tiles.hopper_tile_sizes(q, k, *taken)
+        assert sizes[0] == triton[0] and [a != b for a, b in zip(sizes[1:], triton[1:], strict=True)] == list(taken)
+
+
 @pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
 def test_fakes() -> None:
     q, k = torch.ones(20, 6, 8, dtype=torch.bfloat16), torch.ones(20, 2, 8, dtype=torch.bfloat16)
@@ -162,8 +177,12 @@ def test_fakes() -> None:
     with torch._subclasses.FakeTensorMode() as mode:
         q, k, tiles = (mode.from_tensor(x) for x in (q, k, tiles))
         op = torch.ops.forge_triton.packed_attention_hopper
-        out, lse = op(q, k, k, tiles, tiles, tiles, True, 0, 0.0, 1.0, False, True)
+        out, lse = op(q, k, k, tiles, tiles, tiles, True, 0, 0.0, 1.0, False, True, True)
         backward = torch.ops.forge_triton.packed_attention_hopper_backward
-        gradients = backward(q, q, k, k, out, lse, tiles, tiles, True, 0, 1.0)
-    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+        gradients = backward(q, q, k, k, out, lse, tiles, tiles, True, 0, 0.0, 1.0, True, False)
+        leaves = [x.detach().requires_grad_() for x in (q, k, k)]
+        for ways in ((True, True), (False, False)):
+            result = op(*leaves, tiles, tiles, tiles, True, 0, 0.0, 1.0, False, *ways)[0]
+            gradients = [*gradients, *torch.autograd.grad(result, leaves, result)]
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape] * 3
     assert out.shape == q.shape and lse.shape == (1, 2, 60) and lse.dtype == torch.float32
