@@ -27,7 +27,7 @@ class PrefixPack:
 
 def pack_prefixes(prompts: Sequence[Sequence[int]]) -> PrefixPack:
     """Packs prompts, each at least one token; a shared prefix stands once where that saves at least 16 tokens."""
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
     texts = [np.asarray(prompts[i], dtype=np.int64) for i in order]
     pieces: list[NDArray[np.int64]] = []
     bounds, parents = [0], []
