@@ -39,6 +39,12 @@ STABLE_TORCH_LIBRARY(forge, m) {
       " Tensor? token_weights, Tensor? source_ids, Tensor inverse, Tensor(b!) sums, int first, int cluster,"
       " float softcap, float z_loss, float label_smoothing) -> ()");
   m.def(
+      "token_logprob_rows(Tensor(a!) logits, Tensor(a!)? dlogits, Tensor rows, Tensor count, Tensor targets,"
+      " Tensor(b!)? logprob, Tensor(c!)? entropy, Tensor(d!)? log_ratio, Tensor? dlogprob, Tensor? dentropy,"
+      " Tensor? advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? token_weights, Tensor? inverse,"
+      " int objective, float lower, float upper, float kl_coef, float entropy_coef, float softcap, float temperature,"
+      " int first, int cluster, int clusters) -> ()");
+  m.def(
       "linear_token_logprobs(Tensor hidden, Tensor lm_head, Tensor targets, float temperature, float softcap,"
       " int ignore_index, SymInt? counted_rows) -> (Tensor logprob, Tensor entropy, Tensor softmax)");
   m.def(

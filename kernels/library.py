@@ -59,6 +59,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 _TWINS = torch.library.Library("forge_triton", "DEF")
+_COMPILED = torch.library.Library("forge", "IMPL")
 
 
 def register_op(
@@ -103,6 +104,14 @@ def register_op(
             _register_autograd(f"{namespace}::{name}", bound, setup_context)
 
 
+def implement_on_gpu(name: str, module: str, **options: Any) -> None:
+    """Gives `torch.ops.forge.<name>` a launcher for GPUs: function `name` of kernels/gpu/`module`, plus `options`.
+
+    For ops that are C++ on the CPU, and Python around a CUDA op and Triton kernels on a GPU.
+    """
+    _COMPILED.impl(name, functools.partial(_launch, module, name, **options), "CUDA")
+
+
 def _register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None) -> None:
     namespace, _, op_name = name.partition("::")
     schema = getattr(getattr(torch.ops, namespace), op_name).default._schema
@@ -112,11 +121,11 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
         torch.library.register_autograd(name, backward, setup_context=setup_context)
 
 
-def _launch(module: str, name: str, *arguments: Any) -> Any:
+def _launch(module: str, name: str, *arguments: Any, **options: Any) -> Any:
     function = _launcher(module, name)
     first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
     with torch.cuda.device_of(first):  # Triton launches on the current device
-        return function(*arguments)
+        return function(*arguments, **options)
 
 
 @functools.cache

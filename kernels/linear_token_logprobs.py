@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .library import register_op
+from .library import implement_on_gpu, register_op
 from .linear_head import (
     check_counted_rows,
     check_linear_head,
     check_temperature,
     fake_gradients,
+    head_cuda_reasons,
     head_triton_reasons,
     refuse_double_backward,
 )
@@ -46,8 +47,9 @@ def linear_token_logprobs(
         softcap: c > 0 of the logits' softcap, None for no softcap.
         ignore_index: rows with this target cost no matmul, give 0 twice and get zero gradients.
         counted_rows: a bound for the number of rows that count, where the caller knows one without asking the GPU: the
-            matmuls of "triton" then go over that many rows only, instead of all. It fails where more rows count.
-        backend: "auto" tries "cpp" (CPU), "triton" (GPU; both over chunks of rows, no full logits), then "reference".
+            matmuls of "cuda" and "triton" then go over that many rows only, instead of all. It fails where more count.
+        backend: "auto" tries "cpp" (CPU), "cuda" (GPU from compute capability 9.0), "triton" (GPU; all of them over
+            chunks of rows, no full logits; "cuda" is "triton" but for its row kernel), then "reference".
 
     Returns:
         logprob float32 [tokens] in nats, entropy float32 [tokens] in nats.
@@ -80,43 +82,21 @@ def _run(
 
 
 OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("cuda", partial(_run, torch.ops.forge), head_cuda_reasons)
 OP.register("triton", partial(_run, torch.ops.forge_triton), head_triton_reasons)
 OP.register("reference", reference.linear_token_logprobs, no_reasons)
 
 
-def _fake(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    counted_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     logprob, entropy = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
-    return (
-        logprob,
-        entropy,
-        hidden.new_empty((2, hidden.shape[0]), dtype=torch.float32),
-    )  # row maxima, sums of exponentials
+    # Row maxima, sums of exponentials: the backward's, of those backends that do not reduce the row again.
+    return logprob, entropy, hidden.new_empty((2, hidden.shape[0]), dtype=torch.float32)
 
 
 def _fake_backward(
-    dlogprob: Tensor,
-    dentropy: Tensor,
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    entropy: Tensor,
-    softmax: Tensor,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    counted_rows: int | None,
-    need_dhidden: bool,
-    need_dhead: bool,
+    dlogprob: Tensor, dentropy: Tensor, hidden: Tensor, lm_head: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return fake_gradients(hidden, lm_head, need_dhidden, need_dhead)
+    return fake_gradients(hidden, lm_head, *rest[-2:])
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -136,3 +116,5 @@ def _backward(ops, ctx, dlogprob: Tensor, dentropy: Tensor, _dsoftmax: Tensor): 
 
 register_op("linear_token_logprobs", _fake, _backward, _setup_context, gpu="linear_token_logprobs")
 register_op("linear_token_logprobs_backward", _fake_backward, gpu="linear_token_logprobs")
+implement_on_gpu("linear_token_logprobs", "linear_token_logprobs", cuda_rows=True)
+implement_on_gpu("linear_token_logprobs_backward", "linear_token_logprobs", cuda_rows=True)

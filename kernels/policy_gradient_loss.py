@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .library import implement_on_gpu
 from .linear_head import (
     check_counted_rows,
     check_linear_head,
     check_temperature,
     check_token_values,
     fake_gradients,
+    head_cuda_reasons,
     head_triton_reasons,
     normalizer_tensor,
     register_loss,
@@ -87,9 +89,9 @@ def policy_gradient_loss(
     in reward: weight 0 (they cost no matmul) and a normalizer that still counts them.
 
     Computed in float32 (float64 for float64 inputs). Rows that are ignored or have weight zero do not reach any matmul
-    and get zero gradients. Differentiable once. "cpp" and "triton" compute the gradients together with the loss, in two
-    matmuls with a frozen head and three with a trained one (one more each for "sequence_clip"), so call them under
-    no_grad where they are not wanted.
+    and get zero gradients. Differentiable once. All but "reference" compute the gradients together with the loss, in
+    two matmuls with a frozen head and three with a trained one, so call them under no_grad where they are not wanted.
+    For "sequence_clip" it is one matmul more, unless the head is frozen and entropy_coef is 0.
 
     Args:
         hidden: [tokens, hidden], after the final norm.
@@ -115,8 +117,9 @@ def policy_gradient_loss(
             sequence's tokens that count form the mean.
         ignore_index: targets with this value do not count.
         counted_rows: a bound for the number of rows that count, where the caller knows one without asking the GPU: the
-            matmuls of "triton" then go over that many rows only, instead of all. It fails where more rows count.
-        backend: "auto" tries "cpp" (CPU), "triton" (GPU; both over chunks of rows, no full logits), then "reference".
+            matmuls of "cuda" and "triton" then go over that many rows only, instead of all. It fails where more count.
+        backend: "auto" tries "cpp" (CPU), "cuda" (GPU from compute capability 9.0), "triton" (GPU; all of them over
+            chunks of rows, no full logits; "cuda" is "triton" but for its row kernel), then "reference".
 
     Returns:
         PolicyLoss: the loss (float32) and what is reported.
@@ -199,38 +202,19 @@ def _run(
 
 
 OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)
+OP.register("cuda", partial(_run, torch.ops.forge), head_cuda_reasons)
 OP.register("triton", partial(_run, torch.ops.forge_triton), head_triton_reasons)
 OP.register("reference", reference.policy_gradient_loss, no_reasons)
 
 
-def _fake(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    normalizer: Tensor | None,
-    objective: str,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    entropy_coef: float,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    counted_rows: int | None,
-    need_dhidden: bool,
-    need_dhead: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, lm_head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(3, dtype=torch.int64),
         hidden.new_empty(5, dtype=torch.float32),
-        *fake_gradients(hidden, lm_head, need_dhidden, need_dhead),
+        *fake_gradients(hidden, lm_head, *rest[-2:]),
     )
 
 
 register_loss("policy_gradient_loss", _fake, gpu="policy_gradient_loss")
+implement_on_gpu("policy_gradient_loss", "policy_gradient_loss", cuda_rows=True)

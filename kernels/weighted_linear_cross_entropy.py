@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .library import implement_on_gpu
 from .linear_head import (
     check_counted_rows,
     check_linear_head,
@@ -168,14 +169,7 @@ def _fake(
     token_weights: Tensor | None,
     source_ids: Tensor | None,
     num_sources: int,
-    normalizer: Tensor | None,
-    ignore_index: int,
-    counted_rows: int | None,
-    softcap: float,
-    z_loss: float,
-    label_smoothing: float,
-    need_dhidden: bool,
-    need_dhead: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty((), dtype=torch.float32),
@@ -183,20 +177,10 @@ def _fake(
         hidden.new_empty(num_sources, dtype=torch.float32),
         hidden.new_empty(num_sources, dtype=torch.int64),
         hidden.new_empty(num_sources, dtype=torch.int64),
-        *fake_gradients(hidden, lm_head, need_dhidden, need_dhead),
+        *fake_gradients(hidden, lm_head, *rest[-2:]),
     )
 
 
 register_loss("weighted_linear_cross_entropy", _fake, gpu="weighted_linear_cross_entropy")
 
-
-def _with_cuda_rows(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from .gpu.weighted_linear_cross_entropy import with_cuda_rows  # imports triton
-
-    with torch.cuda.device_of(hidden):
-        return with_cuda_rows(hidden, *rest)
-
-
-# The op on the CPU is C++; on a GPU it is Python around torch's matmuls, Triton kernels and one in CUDA.
-_GPU = torch.library.Library("forge", "IMPL")
-_GPU.impl("weighted_linear_cross_entropy", _with_cuda_rows, "CUDA")
+implement_on_gpu("weighted_linear_cross_entropy", "weighted_linear_cross_entropy", cuda_rows=True)

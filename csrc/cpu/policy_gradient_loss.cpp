@@ -1,7 +1,8 @@
 // policy_gradient_loss: what a token's loss is depends on its own logits alone. Over a frozen bfloat16 head they are
 // never in memory (streamed_rows.h); otherwise a row's dlogits are written over its logits while they are in the
 // second-level cache. One matmul for the logits and one for each gradient. With a ratio per sequence the gradient waits
-// for the sequence's last token, and the logits are computed a second time.
+// for the sequence's last token. Over a frozen head and without an entropy bonus only a factor of the row does: dhidden
+// is made for the factor 1 and scaled at the end. Otherwise the logits are computed a second time.
 #include "cpu/token_logprobs.h"
 
 #if FORGE_ISA_LEVEL == 0
@@ -148,25 +149,40 @@ double report(const PolicyRows& rows, int64_t* counts, float* sums) {
   return loss;
 }
 
+// Row rows[i] of x times factor[i].
+void scale_rows(const Tensor& x, const std::vector<int64_t>& rows, const std::vector<float>& factor) {
+  const int64_t width = x.size(1);
+  torch::stable::parallel_for(0, static_cast<int64_t>(rows.size()), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      bf16* row = mutable_data<bf16>(x) + rows[static_cast<size_t>(i)] * width;
+      const float by = factor[static_cast<size_t>(i)];
+      for (int64_t j = 0; j < width; ++j) row[j] = FORGE_ISA::from_float<bf16>(FORGE_ISA::to_float(row[j]) * by);
+    }
+  });
+}
+
 template <class T>
 std::tuple<Tensor, Tensor> run(const Tensor& hidden, const Tensor& lm_head, const Tensor& cu_seqlens,
                                int64_t documents, PolicyRows& rows, float softcap, float temperature,
                                bool need_dhidden, bool need_dhead) {
   const bool gradient = need_dhidden || need_dhead;
   const bool by_sequence = rows.options.objective == Objective::kSequenceClip;
-  if (head_can_stream(hidden) && !need_dhead && !(need_dhidden && (by_sequence || rows.options.entropy_coef != 0))) {
+  if (head_can_stream(hidden) && !need_dhead && !(need_dhidden && rows.options.entropy_coef != 0)) {
     const Tensor dhidden =
         stream_rows(hidden, lm_head, rows.counted.rows, rows.counted.targets, softcap, temperature, need_dhidden,
                     [&](int64_t row, const StreamedRow& softmax) {
                       const size_t i = static_cast<size_t>(row);
                       rows.logprob[i] = softmax.logprob;
                       rows.entropy[i] = static_cast<float>(softmax.entropy);
-                      if (by_sequence) return StreamedGradient{};
+                      if (by_sequence) return StreamedGradient{-1.0, 1.0};
                       rows.finish_token(i);
                       const double slope = static_cast<double>(rows.dlogprob[i]);
                       return StreamedGradient{-slope, slope};
                     });
-    if (by_sequence) rows.finish_sequences(data<int32_t>(cu_seqlens), documents);
+    if (by_sequence) {
+      rows.finish_sequences(data<int32_t>(cu_seqlens), documents);
+      if (need_dhidden) scale_rows(dhidden, rows.counted.rows, rows.dlogprob);
+    }
     return {dhidden, new_tensor({0}, hidden.scalar_type())};
   }
   const auto& loops = kernels<TokenLogprobKernels<T>>();

@@ -15,10 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linear_head import cluster_blocks
+from .workload import multiprocessors
+
 MIN_CHUNK_ROWS = 2048  # below, the matmuls do not hide the traffic of the head and of its gradient, once a chunk
 CHUNK_BYTES = 1 << 30  # of logits, unless MIN_CHUNK_ROWS need more
 
 BLOCK = 1024  # of the small kernels
+CUDA_BLOCKS_PER_SM = 2  # of csrc/cuda/logit_rows.cuh: one loads while the other computes
 
 
 @triton.jit
@@ -211,6 +215,10 @@ class LinearHeadChunks:
             return self._logits[:n, : self.vocab]
         return self._logits.view(self._hidden.dtype)[:n, self.stride : self.stride + self.vocab]
 
+    def scale_dhidden(self, factor: Tensor) -> None:
+        """Multiplies every token's dhidden by its factor, float32 [tokens]."""
+        torch.mul(self.dhidden, factor[:, None], out=self.dhidden)
+
     def backward(self, first: int, n: int) -> None:
         """Adds the chunk's part of the gradients."""
         dz, counted = self.dlogits(n), self._counted
@@ -222,6 +230,12 @@ class LinearHeadChunks:
             )
         if self._need_dhead:
             (add_matmul if first else matmul)(dz.t(), self._gathered[:n], self.dhead)
+
+
+def clusters_of(vocab: int, device: torch.device) -> tuple[int, int]:
+    """Blocks of csrc/cuda/logit_rows.cuh that share a row of logits; how many such clusters a GPU holds at a time."""
+    blocks = cluster_blocks(vocab)
+    return blocks, max(1, CUDA_BLOCKS_PER_SM * multiprocessors(device) // blocks)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

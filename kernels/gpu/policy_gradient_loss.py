@@ -1,7 +1,11 @@
-"""policy_gradient_loss in Triton: what a token's loss is depends on its own logits alone, so one program a row reduces
-the logits, evaluates the objective and writes the gradient over them: one matmul for the logits, one for each gradient.
+"""policy_gradient_loss on GPUs: what a token's loss is depends on its own logits alone, so a row is reduced, its
+objective evaluated and its gradient written over its logits at once: one matmul for the logits, one for each gradient.
 
-With a ratio per sequence the gradient waits for the sequence's last token, and the logits are computed a second time.
+With a ratio per sequence the gradient waits for the sequence's last token. Without an entropy bonus only a factor does:
+d(loss)/dy of a row is that times onehot - softmax. Over a frozen head dhidden is therefore made for the factor 1 and
+scaled at the end; a row is read once, and there are two matmuls. A trained head sums rows that have their factors, and
+an entropy bonus adds a second direction: there the logits are computed and read a second time, since those of all
+chunks do not fit.
 """
 
 from functools import partial
@@ -12,86 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_head import CountedRows, LinearHeadChunks
-from .linear_token_logprobs import token_logprobs, token_logprobs_backward
-from .softmax_row import clear_row, exp, row_sums, tile_of, write_gradient
+from .softmax_row import exp
+from .token_rows import CISPO, OBJECTIVES, REINFORCE, CudaRows, Policy, TritonRows, clipped, slope
 from .workload import Workload, meta
-
-OBJECTIVES = {"clip": 0, "sequence_clip": 0, "cispo": 1, "reinforce": 2}
-CISPO, REINFORCE = tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _clipped(ratio, advantage, lower, upper, OBJECTIVE: tl.constexpr):
-    """The ratio inside its bounds; whether the lower, the upper bound replaces it."""
-    below = ratio < lower
-    above = ratio > upper
-    bounded = tl.where(below, lower, tl.where(above, upper, ratio))
-    if OBJECTIVE == REINFORCE:
-        return bounded, below & (ratio < 0), above & (ratio < 0)  # no ratio, no bounds
-    elif OBJECTIVE == CISPO:
-        return bounded, below & (advantage != 0), above & (advantage != 0)
-    else:
-        # -min(ratio * A, bounded * A): the bound holds only where it makes the objective smaller.
-        return bounded, below & (advantage < 0), above & (advantage > 0)
-
-
-@triton.jit
-def _slope(log_ratio, advantage, lower, upper, OBJECTIVE: tl.constexpr):
-    """d(policy objective)/d(log-ratio); without a gradient through the ratio, d(policy objective)/d(logprob)."""
-    ratio = exp(log_ratio)
-    bounded, low, high = _clipped(ratio, advantage, lower, upper, OBJECTIVE)
-    if OBJECTIVE == REINFORCE:
-        return -advantage
-    elif OBJECTIVE == CISPO:
-        return -bounded * advantage
-    else:
-        return tl.where(low | high, 0.0, -ratio * advantage)
-
-
-@triton.jit
-def _rows(
-    z_RV, dz_RV, rows_T, count_ptr, targets_T, advantages_T, old_T, ref_T, weights_T, inverse_ptr,
-    logprob_T, entropy_T, log_ratio_T,
-    first, vocab, stride, dz_stride, lower, upper, kl_coef, entropy_coef, softcap, scale,
-    OBJECTIVE: tl.constexpr, OLD: tl.constexpr, REF: tl.constexpr, WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """One row of an objective by token."""
-    row = first + tl.program_id(0)
-    z_V = z_RV + tl.program_id(0).to(tl.int64) * stride
-    dz_V = dz_RV + tl.program_id(0).to(tl.int64) * dz_stride
-    if row < tl.load(count_ptr):
-        token = tl.load(rows_T + row)
-        target = tl.load(targets_T + token).to(tl.int32)
-        row_max, log_sum, exact_logprob, _, _, entropy = row_sums(
-            z_V, vocab, target, softcap, scale, SOFTCAP, SCALED, False, True, UNROLL, LANES
-        )
-        logprob = exact_logprob.to(tl.float32)
-        log_ratio = 0.0 * row_max  # the old policy is this one
-        if OLD:
-            exact_log_ratio = exact_logprob - tl.load(old_T + token).to(tl.float64)
-            log_ratio = exact_log_ratio.to(tl.float32)
-            tl.store(log_ratio_T + token, exact_log_ratio)
-        else:
-            tl.store(log_ratio_T + token, 0.0)
-        tl.store(logprob_T + token, exact_logprob)
-        tl.store(entropy_T + token, entropy)
-        if GRADIENT:
-            slope = _slope(log_ratio, tl.load(advantages_T + token), lower, upper, OBJECTIVE)
-            if REF:
-                slope += kl_coef * (1.0 - exp(tl.load(ref_T + token) - logprob))
-            weight = tl.load(inverse_ptr).to(tl.float32)
-            if WEIGHTS:
-                weight *= tl.load(weights_T + token)
-            g = weight * slope
-            h = -weight * entropy_coef
-            # As in linear_token_logprobs: d logprob / dy = onehot - p, d entropy / dy = -p * (log p + entropy).
-            write_gradient(
-                z_V, dz_V, vocab, target, row_max, log_sum.to(tl.float32), g, -(g + h * entropy), -h, 0.0,
-                softcap, scale, SOFTCAP, SCALED, True, UNROLL, LANES,
-            )  # fmt: skip
-    elif GRADIENT:
-        clear_row(dz_V, vocab, UNROLL * LANES)
 
 
 @triton.jit
@@ -140,13 +67,13 @@ def _sequences(
         token = start + tl.arange(0, BLOCK)
         counted, weight = _counted(targets_T, weights_T, token, token < end, ignore_index, WEIGHTS)
         advantage = tl.load(advantages_T + token, mask=counted, other=0.0)
-        slopes += tl.where(counted, weight * _slope(mean.to(tl.float32), advantage, lower, upper, 0), 0.0)
-    slope = tl.div_rn(tl.sum(slopes, axis=0), length)
+        slopes += tl.where(counted, weight * slope(mean.to(tl.float32), advantage, lower, upper, 0), 0.0)
+    mean_slope = tl.div_rn(tl.sum(slopes, axis=0), length)
     inverse = tl.load(inverse_ptr).to(tl.float32)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         counted, weight = _counted(targets_T, weights_T, token, token < end, ignore_index, WEIGHTS)
-        g = slope + 0.0 * weight
+        g = mean_slope + 0.0 * weight
         if REF:
             difference = _load(ref_T, token, counted) - _load(logprob_T, token, counted)
             g += weight * kl_coef * (1.0 - exp(difference.to(tl.float32)))
@@ -178,7 +105,7 @@ def _report(
         log_ratio, advantage = _load(log_ratio_T, token, inside), _load(advantages_T, token, inside)
         one = inside.to(tl.float64)
         ratio = one * tl.exp(log_ratio)
-        bounded, low, high = _clipped(ratio, advantage, lower, upper, OBJECTIVE)
+        bounded, low, high = clipped(ratio, advantage, lower, upper, OBJECTIVE)
         if OBJECTIVE == REINFORCE:
             token_loss = -advantage * logprob
         elif OBJECTIVE == CISPO:
@@ -234,6 +161,8 @@ def policy_gradient_loss(
     counted_rows: int | None,
     need_dhidden: bool,
     need_dhead: bool,
+    *,
+    cuda_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the kernels; results as the op's schema has them, dhead in float32."""
     targets, advantages = targets.contiguous(), advantages.contiguous()
@@ -243,74 +172,84 @@ def policy_gradient_loss(
         targets, vocab, ignore_index, counted_rows, weights=weights, normalizer=normalizer,
         finite={"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref},
     )  # fmt: skip
+    policy = Policy(
+        OBJECTIVES[objective], advantages, counted.inverse, old, ref, weights,
+        1.0 - clip_low, 1.0 + clip_high, kl_coef, entropy_coef,
+    )  # fmt: skip
     gradient = need_dhidden or need_dhead
-    coefficients = (1.0 - clip_low, 1.0 + clip_high, kl_coef, entropy_coef)
-    given = {"OLD": old is not None, "REF": ref is not None, "WEIGHTS": weights is not None}
-    objective_id = OBJECTIVES[objective]
     chunks = LinearHeadChunks(hidden, lm_head, counted, need_dhidden, need_dhead)
+    rows = (CudaRows if cuda_rows else TritonRows)(counted, targets, vocab, temperature, softcap)
     log_ratio = hidden.new_empty(tokens, dtype=torch.float64)
-    if cu_seqlens is None:
-        logprob = hidden.new_empty(tokens, dtype=torch.float64)
-        entropy = hidden.new_empty(tokens, dtype=torch.float32)
-        for first, n in chunks:
-            z = chunks.logits(first, n)
-            dz = chunks.dlogits(n)
-            _rows[(n,)](
-                z, dz, counted.rows, counted.count, targets, advantages, old, ref, weights, counted.inverse,
-                logprob, entropy, log_ratio,
-                first, vocab, z.stride(0), dz.stride(0), *coefficients, softcap, 1.0 / temperature,
-                OBJECTIVE=objective_id, GRADIENT=gradient, SOFTCAP=softcap > 0, SCALED=temperature != 1,
-                **given, **tile_of(vocab),
-            )  # fmt: skip
-            if gradient:
+
+    by_token, in_one_pass = policy, gradient
+    if cu_seqlens is not None:
+        # dhidden of a gradient of 1 by each log-probability, for now.
+        minus_one, one = torch.full_like(advantages, -1.0), torch.ones_like(counted.inverse)
+        by_token = Policy(OBJECTIVES["reinforce"], minus_one, one)
+        in_one_pass = need_dhidden and not need_dhead and entropy_coef == 0
+    for first, n in chunks:
+        z = chunks.logits(first, n)
+        if cu_seqlens is None or in_one_pass:
+            rows.objective(z, chunks.dlogits(n) if in_one_pass else None, first, by_token, log_ratio)
+        else:
+            rows.measure(z, first)
+        if in_one_pass:
+            chunks.backward(first, n)
+    if cu_seqlens is not None:
+        dlogprob, dentropy = _by_sequence(cu_seqlens, counted, targets, ignore_index, policy, rows.logprob, log_ratio)
+        if in_one_pass:
+            chunks.scale_dhidden(dlogprob)
+        elif gradient:
+            for first, n in chunks:
+                rows.gradient(chunks.logits(first, n), chunks.dlogits(n), first, dlogprob, dentropy)
                 chunks.backward(first, n)
-    else:
-        _check_cu_seqlens(cu_seqlens, tokens)
-        logprob, entropy, softmax = token_logprobs(chunks, counted, targets, temperature, softcap, torch.float64)
-        dlogprob, dentropy = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-        valid = (counted.count == 0).int()  # what holds without any sequence
-        if cu_seqlens.numel() > 1:
-            _sequences[(cu_seqlens.numel() - 1,)](
-                cu_seqlens.contiguous(), counted.rows, counted.count, targets, logprob, advantages, old, ref, weights,
-                counted.inverse, log_ratio, dlogprob, dentropy, valid,
-                tokens, ignore_index, *coefficients, **given, BLOCK=256, num_warps=4,
-            )  # fmt: skip
-        torch._assert_async(valid[0], "cu_seqlens: expected every row that counts inside a document")
-        if gradient:
-            token_logprobs_backward(
-                chunks, counted, dlogprob, dentropy, targets, entropy, softmax, temperature, softcap
-            )
 
     loss = hidden.new_empty((), dtype=torch.float32)
     counts, sums = hidden.new_empty(3, dtype=torch.int64), hidden.new_empty(5, dtype=torch.float32)
     _report[(1,)](
-        counted.rows, counted.count, advantages, old, ref, weights, counted.inverse, logprob, entropy, log_ratio,
-        loss, counts, sums, *coefficients, OBJECTIVE=objective_id, **given, BLOCK=512, num_warps=4,
+        counted.rows, counted.count, advantages, old, ref, weights, counted.inverse, rows.logprob, rows.entropy,
+        log_ratio, loss, counts, sums, *policy.coefficients, OBJECTIVE=policy.objective, **policy.given, BLOCK=512,
+        num_warps=4,
     )  # fmt: skip
     return loss, counts, sums, chunks.dhidden, chunks.dhead
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+def _by_sequence(
+    cu_seqlens: Tensor, counted: CountedRows, targets: Tensor, ignore_index: int, policy: Policy, logprob: Tensor,
+    log_ratio: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients by log-probability and entropy; log_ratio becomes that of each token's sequence."""
+    tokens = targets.numel()
     ordered = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] <= tokens)
     torch._assert_async(ordered, f"cu_seqlens: expected offsets from 0, never decreasing, up to {tokens}")
+    dlogprob, dentropy = (targets.new_zeros(tokens, dtype=torch.float32) for _ in range(2))
+    valid = (counted.count == 0).int()  # what holds without any sequence
+    if cu_seqlens.numel() > 1:
+        _sequences[(cu_seqlens.numel() - 1,)](
+            cu_seqlens.contiguous(), counted.rows, counted.count, targets, logprob, policy.advantages, policy.old,
+            policy.ref, policy.weights, counted.inverse, log_ratio, dlogprob, dentropy, valid,
+            tokens, ignore_index, *policy.coefficients, **policy.given, BLOCK=256, num_warps=4,
+        )  # fmt: skip
+    torch._assert_async(valid[0], "cu_seqlens: expected every row that counts inside a document")
+    return dlogprob, dentropy
 
 
 def workloads() -> list[Workload]:
-    """The size of record with KL and entropy, by token and by sequence; softcap and temperature."""
+    """The size of record with KL and entropy, by token and by sequence (there without entropy: two matmuls); softcap
+    and temperature."""
     listed = []
-    for width, vocab, objective, options in (
-        (4096, 128256, "clip", (1.0, 0.0)),
-        (4096, 128256, "sequence_clip", (1.0, 0.0)),
-        (3584, 256000, "cispo", (0.7, 30.0)),
+    for width, vocab, objective, entropy_coef, options in (
+        (4096, 128256, "clip", 0.001, (1.0, 0.0)),
+        (4096, 128256, "sequence_clip", 0.0, (1.0, 0.0)),
+        (3584, 256000, "cispo", 0.001, (0.7, 30.0)),
     ):
         h, head, t = meta(8192, width), meta(vocab, width), meta(8192, dtype=torch.int64)
         v, cu = meta(8192, dtype=torch.float32), meta(17, dtype=torch.int32)
         sequences = cu if objective == "sequence_clip" else None
         call = partial(
-            policy_gradient_loss, h, head, t, v, v, v, v, sequences, None, objective, 0.2, 0.28, 0.01, 0.001, *options,
-            -100, None, True, False,
+            policy_gradient_loss, h, head, t, v, v, v, v, sequences, None, objective, 0.2, 0.28, 0.01, entropy_coef,
+            *options, -100, None, True, False,
         )  # fmt: skip
         name = f"policy_gradient_loss: {objective} 8192 x {width} x {vocab}, frozen head"
-        matmuls = 3 if sequences is not None else 2
-        listed.append(Workload(name, call, 2 * h.nbytes + head.nbytes, matmuls * 2 * 8192 * width * vocab))
+        listed.append(Workload(name, call, 2 * h.nbytes + head.nbytes, 2 * 2 * 8192 * width * vocab))
     return listed

@@ -9,21 +9,18 @@ blocks and so reads it once; everything around them is the same.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_head import cluster_blocks
-from .linear_head import CountedRows, LinearHeadChunks
+from .linear_head import CountedRows, LinearHeadChunks, clusters_of
 from .softmax_row import clear_row, row_sums, tile_of, write_gradient
-from .workload import Workload, meta, multiprocessors
+from .workload import Workload, meta
 
 STATISTICS_ROWS = 256  # of a block
 MAX_SOURCES = 16  # of a program
-CUDA_BLOCKS_PER_SM = 2  # of csrc/cuda/cross_entropy_rows.cu: one loads while the other computes
 
 
 @triton.jit
@@ -119,7 +116,7 @@ def _statistics(
     tl.store(loss_ptr, (tl.sum(loss, axis=0) * tl.load(inverse_ptr)).to(tl.float32))
 
 
-class _TritonRows:
+class TritonRows:
     """Sweeps rows twice; sums over blocks of rows in a launch of its own."""
 
     def __init__(
@@ -157,7 +154,7 @@ class _TritonRows:
         return partial
 
 
-class _CudaRows:
+class CudaRows:
     """Reads rows once; each cluster of thread blocks sums its rows in shared memory."""
 
     def __init__(
@@ -165,31 +162,20 @@ class _CudaRows:
         vocab: int, options: tuple[float, float, float],
     ) -> None:  # fmt: skip
         self._inputs = counted.rows, counted.count, targets, weights, sources, counted.inverse
-        self._options, self._cluster = options, cluster_blocks(vocab)
-        clusters = max(1, CUDA_BLOCKS_PER_SM * multiprocessors(targets.device) // self._cluster)
+        self._options = options
+        self._cluster, clusters = clusters_of(vocab, targets.device)
         self._sums = targets.new_zeros((clusters, num_sources, 5), dtype=torch.float64)
 
     def chunk(self, z: Tensor, dz: Tensor | None, first: int) -> None:
-        """As of _TritonRows."""
+        """As of TritonRows."""
         torch.ops.forge.cross_entropy_rows(z, dz, *self._inputs, self._sums, first, self._cluster, *self._options)
 
     def sums(self) -> Tensor:
-        """As of _TritonRows, a cluster for a block."""
+        """As of TritonRows, a cluster for a block."""
         return self._sums
 
 
-def weighted_linear_cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the kernels, all of them in Triton; results as the twin's schema has them, dhead in float32."""
-    return _loss(_TritonRows, *arguments)
-
-
-def with_cuda_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same with the rows in CUDA."""
-    return _loss(_CudaRows, *arguments)
-
-
-def _loss(
-    make_rows: type[_TritonRows] | type[_CudaRows],
+def weighted_linear_cross_entropy(
     hidden: Tensor,
     lm_head: Tensor,
     targets: Tensor,
@@ -204,7 +190,10 @@ def _loss(
     label_smoothing: float,
     need_dhidden: bool,
     need_dhead: bool,
+    *,
+    cuda_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the kernels; results as the twin's schema has them, dhead in float32."""
     targets = targets.contiguous()
     weights = None if token_weights is None else token_weights.contiguous()
     sources = None if source_ids is None else source_ids.contiguous()
@@ -214,6 +203,7 @@ def _loss(
         weights=weights, sources=sources, num_sources=num_sources, normalizer=normalizer,
     )  # fmt: skip
     chunks = LinearHeadChunks(hidden, lm_head, counted, need_dhidden, need_dhead)
+    make_rows = CudaRows if cuda_rows else TritonRows
     rows = make_rows(counted, targets, weights, sources, num_sources, vocab, (softcap, z_loss, label_smoothing))
     for first, n in chunks:
         z = chunks.logits(first, n)

@@ -57,6 +57,14 @@ def test_matches_reference(backend: Backend, size: tuple[int, int, int], dtype: 
     check_op(_op(backend.name, **options), _reference(**options), inputs, device=backend.device)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("cuda_rows_on_the_cpu")
+def test_matches_reference_with_cuda_rows(size: tuple[int, int, int], options: dict) -> None:
+    for dtype in DTYPES:
+        check_op(_op("triton", **options), _reference(**options), _inputs(*size, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(300, 256, 128256), (3000, 512, 33000), (2500, 64, 50257)])
 @pytest.mark.parametrize("options", OPTIONS)

@@ -98,6 +98,20 @@ def test_matches_reference(backend: Backend, size: tuple[int, int, int], dtype: 
         check_op(op, _reference(objective, **options), inputs, device=backend.device)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.usefixtures("cuda_rows_on_the_cpu")
+def test_matches_reference_with_cuda_rows(size: tuple[int, int, int], objective: str) -> None:
+    for dtype, options, frozen in (
+        (torch.float32, FULL, False),
+        (torch.bfloat16, WIDE, False),
+        (torch.bfloat16, FULL | {"entropy_coef": 0.0}, True),
+    ):
+        inputs = _inputs(*size, dtype, options.get("temperature", 1.0), options.get("softcap"))
+        inputs[1].requires_grad_(not frozen)
+        check_op(_op(objective, "triton", **options), _reference(objective, **options), inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(300, 256, 128256), (2500, 64, 50257)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -142,10 +156,11 @@ def test_matches_reference_over_a_frozen_head(size: tuple[int, int, int], object
 @pytest.mark.parametrize("backend", backends(OP))
 def test_matches_reference_with_frozen_parts(backend: Backend, dtype: torch.dtype) -> None:
     for frozen in (0, 1):
-        inputs = _inputs(40, 20, 60, dtype)
+        inputs = _inputs(70, 64, 515, dtype)
         inputs[frozen].requires_grad_(False)
-        op, expected = _op("clip", backend.name, entropy_coef=0.1), _reference("clip", entropy_coef=0.1)
-        check_op(op, expected, inputs, device=backend.device)
+        for objective, options in (("clip", {"entropy_coef": 0.1}), ("sequence_clip", WIDE | {"kl_coef": 0.3})):
+            op, expected = _op(objective, backend.name, **options), _reference(objective, **options)
+            check_op(op, expected, inputs, device=backend.device)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from forge_core.kernels import MixingLoss, library, reference, weighted_linear_cross_entropy
+from forge_core.kernels import MixingLoss, reference, weighted_linear_cross_entropy
 from tests.backends import Backend, backends
 from tests.kernels.linear_head_cases import DEEP_SIZES, SIZES, STREAMED_SIZES
 from tests.tolerance import check_op
@@ -70,15 +70,10 @@ def test_matches_reference(backend: Backend, size: tuple[int, int, int], dtype: 
     check_op(op, _reference(**options), inputs, device=backend.device)
 
 
-@pytest.mark.parametrize("size", SIZES if library.TRITON_INTERPRETED else [])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_matches_reference_with_cuda_rows_on_the_cpu(
-    size: tuple[int, int, int], options: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The launcher of "cuda", with its row kernel as tests/gpu/test_cross_entropy_rows.py has it.
-    from forge_core.kernels.gpu import weighted_linear_cross_entropy as launcher
-
-    monkeypatch.setattr(launcher, "_TritonRows", launcher._CudaRows)
+@pytest.mark.usefixtures("cuda_rows_on_the_cpu")
+def test_matches_reference_with_cuda_rows(size: tuple[int, int, int], options: dict) -> None:
     for dtype in DTYPES:
         check_op(_op("triton", **options), _reference(**options), _inputs(*size, dtype))
     inputs = _inputs(*size, torch.float32)
