@@ -16,9 +16,7 @@ from .registry import cuda_reasons, triton_reasons
 
 MAX_CLUSTER = 8  # blocks that every GPU with clusters runs together
 BLOCK_BYTES = 64 * 1024  # of a row in a block, where MAX_CLUSTER blocks are enough
-SHARED_BESIDE_ROW = (
-    16 * 1024
-)  # of a block, for its inbox and the sums of 256 sources: see csrc/cuda/cross_entropy_rows.cu
+SHARED_BESIDE_ROW = 16 * 1024  # of a block, for its inbox and sums: see csrc/cuda/logit_rows.cuh
 
 
 def check_linear_head(hidden: Tensor, lm_head: Tensor, targets: Tensor, softcap: float | None) -> int:
