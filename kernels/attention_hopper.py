@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import library
+from .attention_call import AttentionCall
 from .gpu.attention_tiles import HOPPER_ROWS, hopper_backward_takes, hopper_tile_sizes, padded_group, tile_lists
 from .library import register_op
-from .pack import PackPlan
 
 # backend -> whether the two warpgroups of the forward kernel take turns, whether dQ is Gluon's, and whether dK and dV.
 NAMES = {
@@ -27,19 +27,9 @@ NAMES = {
 }
 
 
-def reasons(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    parents: Tensor | None = None,
-) -> list[str]:
-    """What keeps the Gluon kernel from taking these inputs."""
+def reasons(call: AttentionCall) -> list[str]:
+    """What keeps the Gluon kernel from taking this call."""
+    q, k = call.q, call.k
     if q.device.type != "cuda":
         return [f"runs on a Hopper GPU, got a tensor on {q.device}"]
     capability = torch.cuda.get_device_capability(q.device)
@@ -53,7 +43,7 @@ def reasons(
         found = [*found, f"takes head dimensions in steps of 8 up to 256, got {d}"]
     if padded_group(group) > HOPPER_ROWS // 2:
         found = [*found, f"takes up to {HOPPER_ROWS // 2} query heads to a key/value head, got {group}"]
-    if parents is not None:
+    if call.parents is not None:
         found = [*found, "does not share prompts (parents=)"]
     return found
 
@@ -70,20 +60,9 @@ def _language_reasons() -> list[str]:
     return []
 
 
-def run(
-    ways: tuple[bool, bool, bool],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    parents: Tensor | None = None,
-) -> Tensor:
+def run(ways: tuple[bool, bool, bool], call: AttentionCall) -> Tensor:
     """Attention by the Gluon kernel; see `reasons`."""
+    q, k, v, cu_seqlens, plan, causal, window, softcap, scale, _ = call
     if scale < 0:  # the kernel takes the largest logit from the largest product
         q, scale = -q, -scale
     pingpong, *wanted = ways
@@ -93,7 +72,7 @@ def run(
     return op(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale, pingpong, dq, dkdv)[0]
 
 
-def fastest(ways: dict[str, Callable[..., Tensor]], inputs: tuple) -> str:
+def fastest(ways: dict[str, Callable[[AttentionCall], Tensor]], call: AttentionCall) -> str:
     """The backend that "auto" takes: of those in `ways`, "triton" unless another one was measured to be faster here.
 
     Forward and backward are timed together, also where no gradient is wanted: a recomputed forward pass must be the
@@ -103,7 +82,7 @@ def fastest(ways: dict[str, Callable[..., Tensor]], inputs: tuple) -> str:
     to powers of two. The first call of a class measures (kernels/gpu/tuning.py); a compiled graph does not, it takes
     what was measured before.
     """
-    q, k, _, cu_seqlens, _, causal, window, softcap = inputs[:8]
+    q, k, v, cu_seqlens, _, causal, window, softcap, *_ = call
     tokens, documents = q.shape[0], max(1, cu_seqlens.shape[0] - 1)
     bits = (tokens.bit_length(), (tokens // documents).bit_length(), (window or 0).bit_length())
     heads = f"{q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
@@ -115,12 +94,12 @@ def fastest(ways: dict[str, Callable[..., Tensor]], inputs: tuple) -> str:
 
     scales: list[Tensor] = []  # of the first way's results, so that each counts alike in a comparison
 
-    def results(way: Callable[..., Tensor]) -> Tensor:
+    def results(way: Callable[[AttentionCall], Tensor]) -> Tensor:
         if torch.is_inference_mode_enabled():
-            return way(*inputs)
-        tensors = [x.detach().requires_grad_() for x in inputs[:3]]
+            return way(call)
+        tensors = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = way(*tensors, *inputs[3:])
+            out = way(call._replace(q=tensors[0], k=tensors[1], v=tensors[2]))
             parts = [out.detach(), *torch.autograd.grad(out, tensors, out.detach())]
         scales.extend(x.abs().amax().clamp(min=1e-30) for x in parts[len(scales) :])
         return torch.cat([(x / scale).flatten() for x, scale in zip(parts, scales, strict=True)])

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention_call import AttentionCall
 from .gpu.attention_tiles import check_plan
-from .pack import PackPlan
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,9 @@ class Peer:
         """Imports the function."""
         return _load(self.module, self.function)
 
-    def not_supported_reasons(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        plan: PackPlan | None,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-        scale: float,
-        parents: Tensor | None = None,
-    ) -> list[str]:
-        """What keeps the package from taking these inputs."""
+    def not_supported_reasons(self, call: AttentionCall) -> list[str]:
+        """What keeps the package from taking this call."""
+        q, k = call.q, call.k
         if q.device.type != "cuda":
             return [f"runs on a CUDA device, got a tensor on {q.device}"]
         if not _installed(self.package):
@@ -73,11 +62,11 @@ class Peer:
             reasons.append(f"takes bfloat16 and float16, got {q.dtype}")
         if q.shape[2] > self.head_dim or q.shape[2] % 8:
             reasons.append(f"takes head dimensions in steps of 8 up to {self.head_dim}, got {q.shape[2]}")
-        if softcap is not None and not self.softcap:
+        if call.softcap is not None and not self.softcap:
             reasons.append("has no softcap")
-        if parents is not None:
+        if call.parents is not None:
             reasons.append("has no documents that continue others (parents)")
-        if plan is None:
+        if call.plan is None:
             reasons.append("wants plan=, for the length of the longest document")
         if self.torch_names:
             known = inspect.signature(self.load()).parameters
@@ -88,20 +77,10 @@ class Peer:
                 reasons.append("this version of torch takes as many key/value heads as query heads")
         return reasons
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        plan: PackPlan,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-        scale: float,
-        parents: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, call: AttentionCall) -> Tensor:
         """Calls the package's function on the rows of documents."""
+        q, k, v, cu_seqlens, plan, causal, window, softcap, scale, _ = call
+        assert plan is not None  # see above
         check_plan(plan, cu_seqlens, q.shape[0])
         tail = q.new_zeros((q.shape[0] - plan.tokens, *q.shape[1:]))
         rows = [x[: plan.tokens] for x in (q, k, v)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import attention_hopper, reference
+from .attention_call import AttentionCall
 from .attention_peers import PEERS
 from .gpu.attention_tiles import max_group, tile_lists
 from .library import register_op
@@ -73,17 +74,17 @@ def packed_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, cu_seqlens, plan, causal, window, softcap, scale, parents)
+    call = AttentionCall(q, k, v, cu_seqlens, plan, causal, window, softcap, scale, parents)
     if backend == "auto" and q.is_cuda:
-        backend = _measured(inputs)
-    return OP.select(backend, *inputs)(*inputs)
+        backend = _measured(call)
+    return OP.select(backend, call)(call)
 
 
-def _measured(inputs: tuple) -> str:
+def _measured(call: AttentionCall) -> str:
     """The fastest of this package's kernels that can take the inputs on this GPU; "auto" where there is no choice."""
     names = ("triton", *attention_hopper.NAMES)
-    ways = {name: OP.backends[name].run for name in names if not OP.backends[name].not_supported_reasons(*inputs)}
-    return attention_hopper.fastest(ways, inputs) if "triton" in ways and len(ways) > 1 else "auto"
+    ways = {name: OP.backends[name].run for name in names if not OP.backends[name].not_supported_reasons(call)}
+    return attention_hopper.fastest(ways, call) if "triton" in ways and len(ways) > 1 else "auto"
 
 
 def document_positions(tokens: int, cu_seqlens: Tensor, parents: Tensor | None = None) -> Tensor:
@@ -154,35 +155,15 @@ def _check_parents(parents: Tensor | None, cu_seqlens: Tensor, plan: PackPlan | 
         raise ValueError("causal: got False with parents: a document would have to see those that continue it")
 
 
-def _run_cpp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    parents: Tensor | None = None,
-) -> Tensor:
+def _run_cpp(call: AttentionCall) -> Tensor:
+    q, k, v, cu_seqlens, plan, causal, window, softcap, scale, parents = call
     tiles = None if plan is None else torch.from_numpy(plan.forward)
     limits = (window or 0, softcap or 0.0)
     return torch.ops.forge.packed_attention(q, k, v, cu_seqlens, tiles, causal, *limits, scale, parents)[0]
 
 
-def _run_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    parents: Tensor | None = None,
-) -> Tensor:
+def _run_triton(call: AttentionCall) -> Tensor:
+    q, k, v, cu_seqlens, plan, causal, window, softcap, scale, parents = call
     if scale < 0:  # the kernels take the largest logit from the largest product
         q, scale = -q, -scale
     tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, parents=parents)
@@ -190,37 +171,28 @@ def _run_triton(
     return torch.ops.forge_triton.packed_attention(q, k, v, *lists, causal, *limits, scale, *context)[0]
 
 
-def _cpp_reasons(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> list[str]:
-    return cpp_reasons(q, k, v)
+def _cpp_reasons(call: AttentionCall) -> list[str]:
+    return cpp_reasons(call.q, call.k, call.v)
 
 
-def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, _: Tensor, plan: PackPlan | None, *options: object) -> list[str]:
-    reasons = triton_reasons(q, k, v)
+def _triton_reasons(call: AttentionCall) -> list[str]:
+    q, k = call.q, call.k
+    reasons = triton_reasons(q, k, call.v)
     if q.shape[2] > 256:
         reasons.append(f"takes head dimensions up to 256, got {q.shape[2]}")
     elif not reasons and q.shape[1] // k.shape[1] > max_group(q):
         reasons.append(
             f"takes up to {max_group(q)} query heads to a key/value head here, got {q.shape[1] // k.shape[1]}"
         )
-    if options[-1] is not None and (plan is None or torch.compiler.is_compiling()):
+    if call.parents is not None and (call.plan is None or torch.compiler.is_compiling()):
         reasons.append("wants plan= where there are parents, and takes them outside of torch.compile alone")
     if q.shape[0] * q.shape[1] >= 2**31:
         reasons.append(f"takes fewer than 2^31 rows, got {q.shape[0]} tokens of {q.shape[1]} heads")
     return reasons
 
 
-def _run_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    _plan: PackPlan | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    parents: Tensor | None = None,
-) -> Tensor:
+def _run_reference(call: AttentionCall) -> Tensor:
+    q, k, v, cu_seqlens, _, causal, window, softcap, scale, parents = call
     return reference.packed_attention(q, k, v, cu_seqlens, causal, window, softcap, scale, parents)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from forge_core.kernels import PackPlan, available_backends, library, packed_attention
 from forge_core.kernels import attention_hopper as hopper
+from forge_core.kernels.attention_call import AttentionCall
 from forge_core.kernels.gpu import attention_tiles
 from tests.tolerance import check_op
 
@@ -134,11 +135,11 @@ def test_says_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = mock.Mock(dtype=torch.float32, shape=(4, 128, 300), device=mock.Mock(type="cuda"))
     keys = mock.Mock(shape=(4, 1, 300))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    found = "; ".join(hopper.reasons(on_gpu, keys, keys, bounds, None, True, None, None, 1.0, parents=bounds))
+    found = "; ".join(hopper.reasons(AttentionCall(on_gpu, keys, keys, bounds, None, True, None, None, 1.0, bounds)))
     for part in ("takes bfloat16", "steps of 8 up to 256, got 300", "up to 64 query heads", "share prompts"):
         assert part in found
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert "got 10.0" in hopper.reasons(on_gpu, keys, keys, bounds, None, True, None, None, 1.0)[0]
+    assert "got 10.0" in hopper.reasons(AttentionCall(on_gpu, keys, keys, bounds, None, True, None, None, 1.0))[0]
 
 
 @pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
@@ -151,7 +152,7 @@ def test_the_choice_is_made_once_for_a_class_of_sizes(monkeypatch: pytest.Monkey
         q, k = torch.zeros(tokens, 4, 64), torch.zeros(tokens, 2, 64)
         bounds = torch.zeros(documents + 1, dtype=torch.int32)
         ways: dict = {"triton": len, "gluon": len}
-        assert hopper.fastest(ways, (q, k, k, bounds, None, True, window, None, 1.0, None)) == "gluon"
+        assert hopper.fastest(ways, AttentionCall(q, k, k, bounds, None, True, window, None, 1.0)) == "gluon"
     assert len({key for key, _, _ in keys}) == 3
     assert keys[0][1:] == (["triton", "gluon"], "triton")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from forge_core.kernels import PackPlan, attention_peers, packed_attention, reference
+from forge_core.kernels.attention_call import AttentionCall
 from forge_core.kernels.attention_peers import PEERS
 from tests.tolerance import check_op
 
@@ -73,7 +74,7 @@ def test_arguments_mean_the_same(
     softcap = 2.0 if PEERS[name].softcap else None
     options = (causal, window, softcap, 0.4)
     plan = PackPlan(cu_seqlens.numpy())
-    out = PEERS[name].run(*inputs, cu_seqlens, plan, *options)
+    out = PEERS[name].run(AttentionCall(*inputs, cu_seqlens, plan, *options))
     expected = reference.packed_attention(*inputs, cu_seqlens, *options)
     torch.testing.assert_close(out, expected)
     upstream = torch.randn_like(out)
@@ -84,7 +85,8 @@ def test_arguments_mean_the_same(
 def test_a_pack_without_tokens() -> None:
     q = torch.randn(5, 2, 8, requires_grad=True)
     cu_seqlens = torch.tensor([0, 0], dtype=torch.int32)
-    out = PEERS["flash_attn_3"].run(q, q, q, cu_seqlens, PackPlan(cu_seqlens.numpy()), True, None, None, 1.0)
+    call = AttentionCall(q, q, q, cu_seqlens, PackPlan(cu_seqlens.numpy()), True, None, None, 1.0)
+    out = PEERS["flash_attn_3"].run(call)
     assert torch.equal(out, torch.zeros(5, 2, 8)) and torch.equal(
         torch.autograd.grad(out.sum(), q)[0], torch.zeros(5, 2, 8)
     )
@@ -99,15 +101,14 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(attention_peers, "_installed", lambda package: True)
     monkeypatch.setattr(attention_peers, "_load", lambda module, function: lambda q, k, v: q)
-    reasons = "; ".join(
-        PEERS[name].not_supported_reasons(on_gpu, on_gpu, on_gpu, cu_seqlens, None, True, None, 1.0, 1.0)
-    )
+    call = AttentionCall(on_gpu, on_gpu, on_gpu, cu_seqlens, None, True, None, 1.0, 1.0)
+    reasons = "; ".join(PEERS[name].not_supported_reasons(call))
     for part in ("wants compute capability", "takes bfloat16", "head dimensions in steps of 8", "wants plan="):
         assert part in reasons
     assert ("has no softcap" in reasons) == (not PEERS[name].softcap)
     assert ("no window_size" in reasons) == (name == "varlen_attn")
     monkeypatch.setattr(attention_peers, "_installed", lambda package: False)
-    (reason,) = PEERS[name].not_supported_reasons(on_gpu, on_gpu, on_gpu, cu_seqlens, None, True, None, None, 1.0)
+    (reason,) = PEERS[name].not_supported_reasons(call)
     assert reason == f"{PEERS[name].package} is not installed"
 
 
@@ -122,7 +123,9 @@ def test_matches_reference_on_a_gpu(name: str, d: int, causal: bool, window: int
     inputs = [torch.randn(910, heads, d, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     plan, q = PackPlan(cu_seqlens.numpy()), inputs[0].cuda()
-    reasons = PEERS[name].not_supported_reasons(q, inputs[1], q, cu_seqlens, plan, causal, window, None, 1.0)
+    reasons = PEERS[name].not_supported_reasons(
+        AttentionCall(q, inputs[1], q, cu_seqlens, plan, causal, window, None, 1.0)
+    )
     if reasons:
         pytest.skip("; ".join(reasons))
     check_op(
