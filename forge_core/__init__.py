@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "adapter_parameters",
     "add_lora",
+    "dequantize_model",
     "load_adapter",
     "load_model",
     "merge_lora",

@@ -71,6 +71,13 @@ class ModelOptions(_Options):
     dtype: Literal["bfloat16", "float32"] = _option(
         "bfloat16", "dtype of the weights and activations; what is trained always has float32 master weights"
     )
+    quantize: Literal["nf4", "fp4"] | None = _option(
+        None,
+        "hold the frozen weights of the linear layers but the head in 4 bits and train adapters on them; needs "
+        "bitsandbytes. Half a byte a weight; each matmul makes its weight dense anew",
+        shown="null: as `dtype`",
+        source="QLoRA (arXiv 2305.14314): nf4",
+    )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "where to compute; auto takes CUDA where it is")
     activation_checkpointing: bool = _option(
         False, "recompute each block in the backward: less memory, about a third more compute"
@@ -298,6 +305,15 @@ class Recipe(_Options):
 
     _chosen: frozenset[str] = PrivateAttr(default=frozenset())
 
+    @model_validator(mode="after")
+    def _check_quantize(self) -> Self:
+        if self.model.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"lora: got null with model.quantize {self.model.quantize}, expected adapters, since 4-bit weights "
+                "cannot be trained at full rank; give lora, or set model.quantize to null"
+            )
+        return self
+
     @model_validator(mode="wrap")
     @classmethod
     def _fill_technique_defaults(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -338,6 +354,8 @@ class Recipe(_Options):
             "technique": self.technique,
             "seed": self.seed,
             "dtype": self.model.dtype,
+            # Only where it is used: digests of other recipes stay what they were.
+            **({"quantize": self.model.quantize} if self.model.quantize else {}),
             "lora": everything["lora"],
             "data": data,
             "training": {key: value for key, value in everything["training"].items() if key not in free},

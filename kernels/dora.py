@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .quantized import dense
+from .quantized import dense, nominal
 from .reference import compute_dtype
 
 
@@ -14,7 +14,7 @@ def adapted_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float)
     A and B are rounded to the dtype of W first, as in the matmuls. No gradient.
     """
     with torch.no_grad():
-        weight = dense(weight)
+        weight = dense(nominal(weight))
         wide = compute_dtype(weight)
         a, b = lora_a.to(weight.dtype), lora_b.to(weight.dtype).to(wide)
         cross = ((weight @ a.T).to(wide) * b).sum(1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import quantized, reference
 from .library import register_op
 from .registry import Op, cpp_reasons, no_reasons
 
@@ -21,7 +21,7 @@ def frozen_linear(
 
     Args:
         x: [..., in], float32, bfloat16, float16 or float64.
-        weights: one [out_i, in] per layer, dtype of x.
+        weights: one [out_i, in] per layer, dtype of x. Quantised ones (see lora_linear) are made dense for each matmul.
         biases: one [out_i] or None per layer, dtype of x; None for no biases at all.
         backend: "auto" tries "cpp" (CPU), then "reference".
 
@@ -32,7 +32,7 @@ def frozen_linear(
         ValueError: shapes, dtypes or lengths of lists do not match, a weight or bias requires a gradient while
             gradients are recorded, or the named backend cannot take the inputs.
     """
-    weights, biases = list(weights), [None] * len(weights) if biases is None else list(biases)
+    weights, biases = [quantized.nominal(w) for w in weights], [None] * len(weights) if biases is None else list(biases)
     if not weights or len(biases) != len(weights):
         raise ValueError(f"biases: got {len(biases)} entries, expected one per weight, {len(weights)} (at least one)")
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -53,7 +53,11 @@ def frozen_linear(
                     f"torch.nn.functional.linear, or freeze it with requires_grad_(False)"
                 )
     rows = x.reshape(-1, x.shape[-1])
-    outputs = OP.select(backend, rows, weights, biases)(rows, weights, biases)
+    run = OP.select(backend, rows, weights, biases)
+    if any(map(quantized.is_quantized, weights)):
+        outputs = quantized.frozen(run, _dx, rows, weights, biases)
+    else:
+        outputs = run(rows, weights, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -62,6 +66,12 @@ def _run_cpp(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> l
     if any(bias is not None for bias in biases):
         given = [x.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
     return torch.ops.forge.frozen_linear(x, weights, given)
+
+
+def _dx(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
+    if not cpp_reasons(*dys, *weights):
+        return torch.ops.forge.frozen_linear_backward(dys, weights)
+    return torch.stack([dy @ weight for dy, weight in zip(dys, weights, strict=True)]).sum(0)
 
 
 def _reasons(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[str]:

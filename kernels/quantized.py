@@ -73,6 +73,24 @@ def dense(weight: Tensor) -> Tensor:
         return get().to(weight.dtype)
 
 
+def frozen(
+    run: Callable[..., Sequence[Tensor]], backward: Callable[..., Tensor], x: Tensor, weights: list[Tensor], *rest: Any
+) -> Sequence[Tensor]:
+    """`run(x, weights, *rest)` with quantised weights; `backward(dys, weights)` is the gradient of x, the only one."""
+    return _Frozen.apply(run, backward, weights, rest, x)
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Any, backward: Any, weights: list[Tensor], rest: tuple, x: Tensor) -> tuple[Tensor, ...]:
+        ctx.run_backward, ctx.weights = backward, weights
+        return tuple(run(x, [dense(weight) for weight in weights], *rest))
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple:
+        return None, None, None, None, ctx.run_backward(list(dys), [dense(weight) for weight in ctx.weights])
+
+
 def matmul(ops: Any, setup: Callable[..., None], backward: Callable[..., Any], *arguments: Any) -> Sequence[Tensor]:
     """`ops.lora_matmul(*arguments)` with quantised weights; `setup` and `backward` are those of the op."""
     x, s, weights, lora_a, lora_b, biases, *rest = arguments

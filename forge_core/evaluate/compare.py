@@ -40,7 +40,7 @@ def compare_with_base(
     sets = prepare_sets(recipe, tokenizer, progress=lambda name: progress(f"reading {name}"))
     device, dtype = pick_device(recipe), getattr(torch, recipe.model.dtype)
     progress("loading the base model")
-    measured = load_model(recipe.model.path, dtype=dtype, device=device)
+    measured = load_model(recipe.model.path, dtype=dtype, device=device, quantize=recipe.model.quantize)
     results = {"base": measure_sets(measured, tokenizer, sets, progress=lambda name: progress(f"base model on {name}"))}
     if adapter is None and model is None:
         return results

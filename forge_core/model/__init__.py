@@ -5,6 +5,7 @@ from .config import ModelConfig
 from .decoder import CausalLM
 from .io import load_model, save_model
 from .lora import LoraConfig, adapter_parameters, add_lora, merge_lora, remove_lora, unmerge_lora
+from .quantize import dequantize_model
 
 __all__ = [
     "CausalLM",
@@ -12,6 +13,7 @@ __all__ = [
     "ModelConfig",
     "adapter_parameters",
     "add_lora",
+    "dequantize_model",
     "load_adapter",
     "load_model",
     "merge_lora",

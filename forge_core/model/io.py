@@ -18,7 +18,8 @@ from forge_core import atomic
 
 from .config import ModelConfig
 from .decoder import CausalLM
-from .lora import PARTS, is_merged
+from .lora import PARTS, adaptable_linears, is_merged
+from .quantize import Format, check_quantize, pack, quantized_linears
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -39,7 +40,11 @@ _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    quantize: Format | None = None,
 ) -> CausalLM:
     """Read a model from a Hugging Face directory (`config.json` and safetensors).
 
@@ -47,12 +52,15 @@ def load_model(
         path: the directory.
         dtype: bfloat16, float32, float16 or float64; the weights are converted to it.
         device: where the weights go.
+        quantize: pack the weights of the linear layers but the head into 4 bits as they are read, "nf4" or "fp4" of
+            bitsandbytes; `add_lora` then trains adapters on them (QLoRA).
 
     Returns:
-        The model in training mode, every parameter requiring gradients.
+        The model in training mode, every parameter requiring gradients; with `quantize` none of them.
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing in it.
+        ImportError: `quantize` without bitsandbytes.
         ValueError: unsupported architecture, or tensors that are missing, extra or of another shape; all are listed.
     """
     path = Path(path)
@@ -65,12 +73,20 @@ def load_model(
     files = _weight_files(path)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     _check_tensors(path, expected, files, config)
+    device = torch.device(device)
+    packed: dict[str, Format] = {}
+    if quantize is not None:
+        check_quantize(model, quantize, device)
+        packed = {f"{name}.weight": quantize for name in adaptable_linears(model)}
     for file, names in files.items():
         with _open(path / file) as weights:
             for name in names:
                 if name in expected:
                     # copy=True: the tensor must not stay a view of the mapped file
-                    _assign(model, name, weights.get_tensor(name).to(device, dtype, copy=True))
+                    tensor = weights.get_tensor(name).to(device, dtype, copy=True)
+                    _assign(model, name, pack(tensor, packed[name]) if name in packed else nn.Parameter(tensor))
+    if quantize is not None:
+        model.requires_grad_(False)
     model.source = path.resolve()
     return model
 
@@ -88,8 +104,13 @@ def save_model(model: CausalLM, path: str | Path, *, max_shard_bytes: int = 5_00
         max_shard_bytes: above this size the weights are split.
 
     Raises:
-        ValueError: the model has adapters that are not merged.
+        ValueError: the model has adapters that are not merged, or quantised weights.
     """
+    if quantized_linears(model):
+        raise ValueError(
+            "model: its linear weights are in 4 bits, which are not written as a model; save the adapters with "
+            "save_adapter, or make the weights dense first with dequantize_model(model)"
+        )
     if model.lora_config is not None and not is_merged(model):
         raise ValueError(
             "model: its adapters are not merged, so the weights alone are the base model; "
@@ -212,9 +233,9 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, leaf = name.rsplit(".", 1)
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    setattr(model.get_submodule(owner), leaf, parameter)
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:

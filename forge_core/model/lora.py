@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from forge_core.kernels.dora import adapted_norm
+from forge_core.kernels.quantized import is_quantized, nominal
 
 from .decoder import CausalLM
 from .layers import Linear, LowRank
@@ -154,10 +155,15 @@ def merge_lora(model: CausalLM) -> None:
     small update: for exact evaluation leave adapters unmerged. A merged model merges into nothing more.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or they lie on quantised weights.
     """
     if model.lora_config is None:
         raise ValueError("model: it has no adapters to merge; add_lora or load_adapter attaches them")
+    if any(is_quantized(nominal(linear.weight)) for linear in _adapted(model).values()):
+        raise ValueError(
+            "model: its adapters lie on 4-bit weights, which would round the update away; make the weights dense first "
+            "with dequantize_model(model)"
+        )
     for linear in _adapted(model).values():
         if linear.unmerged_weight is None and linear.lora_A is not None and linear.lora_B is not None:
             wide = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from forge_core.data import Tokenizer
 from forge_core.evaluate import PreparedSet, prepare_sets
+from forge_core.evaluate.device import pick_device
 from forge_core.model import CausalLM, ModelConfig, adapter_parameters, add_lora
+from forge_core.model.quantize import check_quantize
 from forge_core.recipe import Recipe
 
 from .checkpoint import lora_config
@@ -87,6 +89,8 @@ def _check_model(recipe: Recipe) -> tuple[ModelConfig, CausalLM]:
     if not any(path.glob("*.safetensors")):
         raise FileNotFoundError(f"model.path: no *.safetensors in {path}")
     model = CausalLM(config, device="meta")
+    if recipe.model.quantize is not None:
+        check_quantize(model, recipe.model.quantize, pick_device(recipe))
     if recipe.lora is not None:
         add_lora(model, lora_config(recipe), seed=recipe.seed)
     return config, model

@@ -119,7 +119,7 @@ def build_model(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | N
         model = load_model(path, dtype=dtype, device=device)
         model.source = recipe.model.path
     else:
-        model = load_model(recipe.model.path, dtype=dtype, device=device)
+        model = load_model(recipe.model.path, dtype=dtype, device=device, quantize=recipe.model.quantize)
         if checkpoint is None:
             add_lora(model, lora_config(recipe), seed=recipe.seed)
         else:

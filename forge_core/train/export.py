@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from forge_core.atomic import atomic_directory
-from forge_core.model import load_adapter, load_model, merge_lora, save_model
+from forge_core.evaluate.device import pick_device
+from forge_core.model import dequantize_model, load_adapter, load_model, merge_lora, save_model
 from forge_core.recipe import Recipe
 
 from .checkpoint import ADAPTER, MODEL, checkpoint_paths
@@ -20,7 +21,8 @@ def export(recipe: Recipe, to: Path, *, merge: bool = False) -> Path:
     Args:
         recipe: of the finished run.
         to: folder to create; must not exist, or be empty.
-        merge: a whole model in the Hugging Face layout. Full-rank runs always give one.
+        merge: a whole model in the Hugging Face layout. Full-rank runs always give one. Where the base was quantised,
+            its weights are the rounded ones, which the adapter was trained on, in the recipe's dtype.
 
     Raises:
         FileNotFoundError: the run has no result yet.
@@ -35,7 +37,13 @@ def export(recipe: Recipe, to: Path, *, merge: bool = False) -> Path:
         raise FileExistsError(f"--to: {to} is not empty; name a new folder")
     with atomic_directory(to) as folder:
         if recipe.lora is not None and merge:
-            model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype))
+            model = load_model(
+                recipe.model.path,
+                dtype=getattr(torch, recipe.model.dtype),
+                device=pick_device(recipe) if recipe.model.quantize else "cpu",  # where it was quantised in training
+                quantize=recipe.model.quantize,
+            )
+            dequantize_model(model)  # the adapter was trained on the rounded weights
             load_adapter(model, result)
             merge_lora(model)
             save_model(model, folder)

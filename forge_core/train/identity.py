@@ -47,6 +47,7 @@ def run_identity(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
         "architecture": {
             **config,
             "dtype": recipe.model.dtype,
+            **({"quantize": determining["quantize"]} if "quantize" in determining else {}),
             "base_weights": weights_fingerprint(recipe.model.path),
             # Without DoRA as before there was any: runs that were begun then can be resumed.
             "lora": None
