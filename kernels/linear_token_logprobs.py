@@ -65,20 +65,9 @@ def linear_token_logprobs(
     return run(hidden, lm_head, targets, temperature, softcap, ignore_index, counted_rows=counted_rows)
 
 
-def _run(
-    ops: Any,
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    *,
-    counted_rows: int | None,
-) -> tuple[Tensor, Tensor]:
-    return ops.linear_token_logprobs(hidden, lm_head, targets, temperature, softcap or 0.0, ignore_index, counted_rows)[
-        :2
-    ]
+def _run(ops: Any, *rest: Tensor | float | None, counted_rows: int | None) -> tuple[Tensor, Tensor]:
+    *options, softcap, ignore_index = rest
+    return ops.linear_token_logprobs(*options, softcap or 0.0, ignore_index, counted_rows)[:2]
 
 
 OP.register("cpp", partial(_run, torch.ops.forge), cpp_reasons)

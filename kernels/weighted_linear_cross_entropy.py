@@ -122,31 +122,14 @@ def weighted_linear_cross_entropy(
 
 
 def _run(
-    ops: Any,
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    token_weights: Tensor | None,
-    source_ids: Tensor | None,
-    num_sources: int,
-    normalizer: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
-    *,
-    counted_rows: int | None,
+    ops: Any, hidden: Tensor, lm_head: Tensor, *rest: Tensor | float | None, counted_rows: int | None
 ) -> tuple[Tensor, ...]:
+    *options, softcap, z_loss, label_smoothing = rest
     grad = torch.is_grad_enabled()
     return ops.weighted_linear_cross_entropy(
         hidden,
         lm_head,
-        targets,
-        token_weights,
-        source_ids,
-        num_sources,
-        normalizer,
-        ignore_index,
+        *options,
         counted_rows,
         softcap or 0.0,
         z_loss,
