@@ -286,8 +286,9 @@ class _Parser:
         )
 
     def check_features(self) -> None:
-        if self.raw.get("quantization_config") is not None:
-            raise self.unsupported("quantization_config", "none; load unquantised weights")
+        quantization = self.raw.get("quantization_config")
+        if quantization is not None and not (isinstance(quantization, Mapping) and quantization.get("load_in_4bit")):
+            raise self.unsupported("quantization_config", "none, or 4 bits of bitsandbytes (load_in_4bit)")
         if self.raw.get("use_bidirectional_attention"):
             raise self.unsupported("use_bidirectional_attention", "false (causal attention)")
         if self.raw.get("attention_dropout"):

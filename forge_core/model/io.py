@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from forge_core import atomic
 from .config import ModelConfig
 from .decoder import CausalLM
 from .lora import PARTS, adaptable_linears, is_merged
-from .quantize import Format, check_quantize, pack, quantized_linears
+from .quantize import Format, check_quantize, pack, packed_states, quantized_linears, unpack
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -48,6 +48,8 @@ def load_model(
 ) -> CausalLM:
     """Read a model from a Hugging Face directory (`config.json` and safetensors).
 
+    Weights that the checkpoint holds in 4 bits of bitsandbytes stay so, as with `quantize`.
+
     Args:
         path: the directory.
         dtype: bfloat16, float32, float16 or float64; the weights are converted to it.
@@ -56,11 +58,11 @@ def load_model(
             bitsandbytes; `add_lora` then trains adapters on them (QLoRA).
 
     Returns:
-        The model in training mode, every parameter requiring gradients; with `quantize` none of them.
+        The model in training mode, every parameter requiring gradients; none of them where weights are in 4 bits.
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing in it.
-        ImportError: `quantize` without bitsandbytes.
+        ImportError: weights in 4 bits without bitsandbytes.
         ValueError: unsupported architecture, or tensors that are missing, extra or of another shape; all are listed.
     """
     path = Path(path)
@@ -72,20 +74,31 @@ def load_model(
     model = CausalLM(config, dtype=dtype, device="meta")
     files = _weight_files(path)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    _check_tensors(path, expected, files, config)
+    linears = {f"{name}.weight" for name in adaptable_linears(model)}
+    states = packed_states((name for names in files.values() for name in names), linears)
+    scales = {scale for state in states.values() for scale in state}
+    expected |= {name: torch.Size((expected[name].numel() // 2, 1)) for name in states}
+    _check_tensors(path, expected, files, config, scales)
     device = torch.device(device)
     packed: dict[str, Format] = {}
     if quantize is not None:
         check_quantize(model, quantize, device)
-        packed = {f"{name}.weight": quantize for name in adaptable_linears(model)}
+        packed = dict.fromkeys(linears, quantize)
+    if (packed or states) and dtype == torch.float64:
+        raise ValueError("dtype: got torch.float64, expected bfloat16, float16 or float32 with weights in 4 bits")
+    read: dict[str, Tensor] = {}  # packed weights, and their scales
     for file, names in files.items():
         with _open(path / file) as weights:
             for name in names:
-                if name in expected:
-                    # copy=True: the tensor must not stay a view of the mapped file
+                # copy=True: the tensor must not stay a view of the mapped file
+                if name in states or name in scales:
+                    read[name] = weights.get_tensor(name).to(device, copy=True)
+                elif name in expected:
                     tensor = weights.get_tensor(name).to(device, dtype, copy=True)
                     _assign(model, name, pack(tensor, packed[name]) if name in packed else nn.Parameter(tensor))
-    if quantize is not None:
+    for name, state in states.items():
+        _assign(model, name, unpack(read.pop(name), {scale: read.pop(scale) for scale in state}, dtype))
+    if packed or states:
         model.requires_grad_(False)
     model.source = path.resolve()
     return model
@@ -176,7 +189,11 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
 
 
 def _check_tensors(
-    path: Path, expected: Mapping[str, torch.Size], files: Mapping[str, list[str]], config: ModelConfig
+    path: Path,
+    expected: Mapping[str, torch.Size],
+    files: Mapping[str, list[str]],
+    config: ModelConfig,
+    scales: Collection[str],
 ) -> None:
     problems, extra, shapes, found = [], [], [], set()
     for file, names in files.items():
@@ -191,8 +208,8 @@ def _check_tensors(
                     shape = weights.get_slice(name).get_shape()
                     if list(expected[name]) != shape:
                         shapes.append(f"{name} {shape} (expected {list(expected[name])})")
-                elif not _DERIVED.fullmatch(name) and not _is_tied_copy(path, files, name, config):
-                    extra.append(name)
+                elif name not in scales and not _DERIVED.fullmatch(name):
+                    extra += [] if _is_tied_copy(path, files, name, config) else [name]
     missing = [name for name in expected if name not in found]
     problems += [f"missing: {list_names(missing)}"] if missing else []
     problems += [f"not part of this architecture: {list_names(sorted(extra))}"] if extra else []
@@ -253,7 +270,7 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
 
 
 def _saved_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    raw = dict(config.raw)
+    raw = {key: value for key, value in config.raw.items() if key != "quantization_config"}
     raw.setdefault("architectures", [_CLASS_NAMES[config.model_type]])
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
     return raw

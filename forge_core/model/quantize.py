@@ -8,6 +8,8 @@ matmul and keeps nothing of it: training is that of the dequantised model, bit f
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,22 +17,27 @@ from torch import Tensor, nn
 
 from forge_core.kernels import quantized
 
+from .config import ModelConfig
 from .decoder import CausalLM
 from .lora import adaptable_linears
 
 Format = Literal["nf4", "fp4"]
 BLOCK = 64
+_STATE = re.compile(r"(.+\.weight)\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__(?:nf4|fp4))")
 
 
 def check_quantize(model: CausalLM, quantize: str, device: torch.device) -> None:
     """Check that the linear layers of a model, which may be on "meta", can be packed for a device.
 
     Raises:
-        ValueError: no such format, or a layer whose rows bitsandbytes could not decode there.
+        ValueError: no such format, a checkpoint that is packed already, or a layer whose rows bitsandbytes could not
+            decode there.
         ImportError: bitsandbytes is missing.
     """
     if quantize not in get_args(Format):
         raise ValueError(f"quantize: got {quantize!r}, expected one of {', '.join(get_args(Format))}, or None")
+    if is_packed_checkpoint(model.config):
+        raise ValueError(f"quantize: got {quantize!r} for a checkpoint that is in 4 bits already; leave quantize out")
     _bitsandbytes()
     uneven = [name for name, linear in adaptable_linears(model).items() if linear.in_features % BLOCK]
     if uneven and device.type == "cpu":
@@ -50,6 +57,41 @@ def pack(weight: Tensor, quantize: str) -> nn.Parameter:
         .to(weight.device)
     )  # moving it is what quantises
     return packed
+
+
+def is_packed_checkpoint(config: ModelConfig) -> bool:
+    """Whether a checkpoint's weights are in bitsandbytes' 4 bits, as transformers saves them."""
+    return config.raw.get("quantization_config") is not None
+
+
+def check_full_rank(config: ModelConfig) -> None:
+    """Check that all parameters of a checkpoint can be trained.
+
+    Raises:
+        ValueError: its weights are packed.
+    """
+    if is_packed_checkpoint(config):
+        raise ValueError(
+            "lora: got null, expected adapters, since the weights at model.path are in 4 bits, which cannot be "
+            "trained at full rank; give lora, or another checkpoint"
+        )
+
+
+def packed_states(names: Iterable[str], linears: Collection[str]) -> dict[str, list[str]]:
+    """Those of the weights `linears` that a checkpoint holds packed -> names of the tensors with scales and codes."""
+    states: dict[str, list[str]] = {}
+    for name in names:
+        match = _STATE.fullmatch(name)
+        if match and match[1] in linears:
+            states.setdefault(match[1], []).append(name)
+    return states
+
+
+def unpack(packed: Tensor, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Parameter:
+    """A packed weight of a checkpoint with its `packed_states`, as `Params4bit` that becomes dense in `dtype`."""
+    weight: nn.Parameter = _bitsandbytes().nn.Params4bit.from_prequantized(packed, dict(state), device=packed.device)
+    weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
+    return weight
 
 
 def quantized_linears(model: CausalLM) -> list[str]:

@@ -8,7 +8,7 @@ from forge_core.data import Tokenizer
 from forge_core.evaluate import PreparedSet, prepare_sets
 from forge_core.evaluate.device import pick_device
 from forge_core.model import CausalLM, ModelConfig, adapter_parameters, add_lora
-from forge_core.model.quantize import check_quantize
+from forge_core.model.quantize import check_full_rank, check_quantize
 from forge_core.recipe import Recipe
 
 from .checkpoint import lora_config
@@ -91,7 +91,9 @@ def _check_model(recipe: Recipe) -> tuple[ModelConfig, CausalLM]:
     model = CausalLM(config, device="meta")
     if recipe.model.quantize is not None:
         check_quantize(model, recipe.model.quantize, pick_device(recipe))
-    if recipe.lora is not None:
+    if recipe.lora is None:
+        check_full_rank(config)
+    else:
         add_lora(model, lora_config(recipe), seed=recipe.seed)
     return config, model
 

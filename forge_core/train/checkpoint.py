@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from forge_core.atomic import atomic_directory
 from forge_core.model import CausalLM, LoraConfig, add_lora, load_adapter, load_model, save_adapter, save_model
+from forge_core.model.quantize import check_full_rank
 from forge_core.recipe import Recipe
 
 from .identity import ResumeError
@@ -117,6 +118,7 @@ def build_model(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | N
     if recipe.lora is None:
         path = recipe.model.path if checkpoint is None else checkpoint.path / MODEL
         model = load_model(path, dtype=dtype, device=device)
+        check_full_rank(model.config)
         model.source = recipe.model.path
     else:
         model = load_model(recipe.model.path, dtype=dtype, device=device, quantize=recipe.model.quantize)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from forge_core.model import (
@@ -23,9 +24,9 @@ from forge_core.model import (
     save_model,
 )
 from forge_core.model.lora import adaptable_linears
-from forge_core.model.quantize import is_packed, quantized_linears
+from forge_core.model.quantize import check_full_rank, is_packed, quantized_linears
 
-from .tiny import documents, save_peer
+from .tiny import documents, relative_error, save_peer, transformers_logits
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -78,6 +79,37 @@ def test_equals_the_dequantised_model(tmp_path: Path, quantize: Any, dtype: torc
     assert len(results[0]) == 1 + len(adapter_parameters(packed))
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_reads_what_transformers_packed(tmp_path: Path, double: bool) -> None:
+    base(tmp_path)
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=options, dtype=torch.bfloat16, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "packed", max_shard_size="20KB")  # scales apart from their weights
+    packed = load_model(tmp_path / "packed")
+    assert quantized_linears(packed) == list(adaptable_linears(packed))
+    assert not any(p.requires_grad for p in packed.parameters())
+    with torch.no_grad():
+        assert relative_error(packed.logits(packed(*PACK)), transformers_logits(theirs, *PACK)) < 0.03
+        if double:
+            assert torch.equal(packed(*PACK), base(tmp_path, quantize="nf4")(*PACK))
+    assert len(values_and_gradients(with_adapters(packed))) > 1
+    with pytest.raises(ValueError, match="in 4 bits already; leave quantize out"):
+        load_model(tmp_path / "packed", quantize="nf4")
+    with pytest.raises(ValueError, match=r"float64, expected .* with weights in 4 bits"):
+        load_model(tmp_path / "packed", dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"lora: got null, expected adapters, .* in 4 bits"):
+        check_full_rank(packed.config)
+    dense = load_model(tmp_path / "packed")
+    dequantize_model(dense)
+    save_model(dense, tmp_path / "dense")
+    assert torch.equal(load_model(tmp_path / "dense")(*PACK), dense(*PACK))
 
 
 def test_packed_weights_take_half_a_byte(tmp_path: Path) -> None:
