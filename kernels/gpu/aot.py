@@ -246,9 +246,9 @@ HEADER = """# Kernels, compiled ahead of time
 
 Written by `make kernels` (`python -m forge_core.kernels.gpu.aot`), which compiles what every listed call launches for
 sm_80, sm_90 and sm_100 with Triton's own compiler and reads the machine code. `tests/gpu/test_aot.py` fails on a spill,
-on too much shared memory, on a matmul kernel without `wgmma` on sm_90, on Gluon's where they are serialized, and on
-machine code that lacks the loads, stores or matmul instructions that the kernel's TTGIR asks for (Triton compiles
-what exceeds tensor memory to a bare trap).
+on too much shared memory, on a matmul kernel without `wgmma` on sm_90, on one of attention or Gluon's that serializes
+it, and on machine code that lacks the loads, stores or matmul instructions that the kernel's TTGIR asks for (Triton
+compiles what exceeds tensor memory to a bare trap).
 
 No figure here was measured. **Floor**: each input read once and each output written once at 4.3 TB/s, or the matmuls at
 790 TFLOP/s, whichever is longer. **Predicted**: the bytes of each kernel's own arguments (scratch included) at the same

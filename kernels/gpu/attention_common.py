@@ -85,9 +85,18 @@ def edge_columns(i, col_start, full_start, full_end, col_end, BLOCK: tl.constexp
 
 
 @triton.jit
-def edge_blocks(col_start, full_start, full_end, col_end, BLOCK: tl.constexpr):
-    """How many blocks the edges have."""
-    return tl.cdiv(full_start - col_start, BLOCK) + tl.cdiv(col_end - full_end, BLOCK)
+def edge_blocks(col_start, full_start, full_end, col_end, BLOCK: tl.constexpr, SOME: tl.constexpr = False):
+    """How many blocks the edges have; with SOME at least one, which is masked as a whole where there are none.
+
+    On sm_90 the last product of a loop is on its way when the loop ends, and is waited for behind it. Where a loop may
+    be skipped, the way around it comes to that wait with sums that were set to zero by no product, and ptxas then makes
+    every product of the kernel wait for the one before ("serialized"). The interior may be skipped: it begins with the
+    sums of the edges.
+    """
+    blocks = tl.cdiv(full_start - col_start, BLOCK) + tl.cdiv(col_end - full_end, BLOCK)
+    if SOME:
+        blocks = tl.maximum(blocks, 1)
+    return blocks
 
 
 @triton.jit

@@ -47,6 +47,7 @@ class Kernels:
     dkdv: Blocks
     dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill
     forward_shared: Blocks | None = None  # as many rows, where forward would spill with parents
+    tight_below: int = 0  # heads of a group, so few that dkdv would spill
 
 
 # Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement.
@@ -55,7 +56,11 @@ class Kernels:
 _HALF = {
     (90, 64): Kernels(Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 0, 8, 2)),
     (90, 128): Kernels(
-        Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2)
+        Blocks(128, 128, 64, 8, 2),
+        Blocks(128, 128, 64, 8, 2),
+        Blocks(64, 128, 0, 8, 2),
+        Blocks(32, 128, 0, 8, 2),
+        tight_below=4,
     ),
     (90, 256): Kernels(
         Blocks(128, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2), Blocks(16, 64, 0, 8, 2)

@@ -120,11 +120,12 @@ def packed_attention_backward(
     if other_dkdv is not None:
         return dq, *other_dkdv(dout, q, k, v, lse, delta)
     blocks = configured.dkdv
-    descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
+    group = q.shape[1] // kv_heads
+    descriptors = _query_descriptors(q, dout, blocks.block_m, group)
     crowded = descriptors[0] is None or softcap or (window and not causal) or dkdv_context is not None
-    if configured.dkdv_tight and crowded:
+    if configured.dkdv_tight and (crowded or group < configured.tight_below):
         blocks = configured.dkdv_tight
-        descriptors = _query_descriptors(q, dout, blocks.block_m, q.shape[1] // kv_heads)
+        descriptors = _query_descriptors(q, dout, blocks.block_m, group)
     dkdv_kernel[dkdv_tiles.shape[0] * kv_heads,](
         q, k, v, dout, lse, delta, dk, dv, *descriptors, dkdv_tiles, dkdv_context, *scalars, *_strides(q, k, v, dout),
         **constants, **_sizes(blocks), SHARED=dkdv_context is not None, TMA=descriptors[0] is not None,
@@ -155,6 +156,8 @@ def _constants(q: Tensor, k: Tensor, causal: bool, window: int, softcap: float) 
         "WINDOWED": window > 0,
         "SOFTCAP": softcap > 0,
         "FLOAT32": _lse_parts(q.dtype) == 2,
+        # How sm_90 wants its loops; the interpreter runs them like that too.
+        "WGMMA": q.dtype != torch.float32 and architecture(q.device) in (0, 90),
     }
 
 
@@ -233,6 +236,7 @@ def _calls(
     name: str, q_heads: int, kv_heads: int, d: int, causal: bool, window: int, softcap: float, dtype: torch.dtype,
     wgmma: tuple[str, ...],
 ) -> list[Workload]:  # fmt: skip
+    """The calls of one size; `wgmma` names the forward kernel and the two backward ones, or nothing."""
     tokens, group = 8192, q_heads // kv_heads
     q, kv = meta(tokens, q_heads, d, dtype=dtype), meta(tokens, kv_heads, d, dtype=dtype)
     lse = meta(_lse_parts(dtype), kv_heads, tokens * group, dtype=torch.float32)
@@ -245,15 +249,16 @@ def _calls(
 
     flops = round(4 * d * q_heads * tokens * (470 if causal else 940))
     size, small = tokens * q_heads * d * q.element_size(), tokens * kv_heads * d * q.element_size()
+    forward, backward = wgmma[:1], wgmma[1:]
     return [
         Workload(
             f"packed_attention: forward {name}, {q_heads}/{kv_heads} heads",
             lambda: packed_attention(q, kv, kv, tiles(0), tiles(1), tiles(2), *options, *context),
-            2 * size + 2 * small, flops, tuple(n for n in wgmma if n == "forward_kernel"),
+            2 * size + 2 * small, flops, forward, asynchronous=forward,
         ),
         Workload(
             f"packed_attention: backward {name}, {q_heads}/{kv_heads} heads",
             lambda: packed_attention_backward(q, q, kv, kv, q, lse, tiles(1), tiles(2), *options, *context[1:]),
-            4 * size + 4 * small, flops * 5 // 2, tuple(n for n in wgmma if n != "forward_kernel"),
+            4 * size + 4 * small, flops * 5 // 2, backward, asynchronous=backward,
         ),
     ]  # fmt: skip

@@ -70,13 +70,13 @@ def _exact_sums(
 def _dq_edges(
     q_tile, dout_tile, k, v, acc, high, low, delta_tile, query, col_start, full_start, full_end, col_end, factor, cap,
     window, stride_kt, stride_vt, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Adds the edges of a range of keys to dQ."""
     key = tl.arange(0, EDGE_N)
     d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
-    for i in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
+    for i in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N, SOME)):
         col, limit = edge_columns(i, col_start, full_start, full_end, col_end, EDGE_N)
         at = tl.cast(col, tl.int64)
         k_tile = load(k + at * stride_kt + k_offsets, col + key, limit, True, D, BLOCK_D)
@@ -120,7 +120,7 @@ def dq_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SHARED: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries. Also writes delta, which dkdv_kernel reads: it must run first."""
     head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
@@ -176,7 +176,7 @@ def dq_kernel(
             acc = _dq_edges(
                 q_tile, dout_tile, k, v, acc, high, low, delta_tile, query - gap, col_start, full_start, full_end,
                 col_end, factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
-                FLOAT32,
+                FLOAT32, False,
             )  # fmt: skip
         for at in range(place, last, 5):
             _, full_start, full_end, _, _ = context_range(context + at, 1, BLOCK_N)
@@ -187,7 +187,7 @@ def dq_kernel(
     else:
         acc = _dq_edges(
             q_tile, dout_tile, k, v, acc, high, low, delta_tile, query, col_start, full_start, full_end, col_end,
-            factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, FLOAT32,
+            factor, cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, WGMMA,
         )  # fmt: skip
         acc = _dq_interior(
             q_tile, dout_tile, k, v, k_desc, v_desc, acc, high, low, delta_tile, head, query, full_start, full_end,
@@ -207,16 +207,22 @@ def dq_kernel(
 @triton.jit
 def _dkdv_step(
     q, dout, k, v, dk, dv, high, low, delta, query, key, window, factor, cap,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, WGMMA: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of packed queries to dK and dV; everything is transposed, [keys, queries]."""
     zeros = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
+    if WGMMA:
+        # Its sum starts at -delta: behind the exponentials delta would wait in registers, for which there are none.
+        dp = dot(v, dout.T, zeros - delta[None, :])
     p, tanh = _probabilities(dot(k, q.T, zeros), high[None, :], low[None, :], factor, cap, SOFTCAP, FLOAT32)
     if EDGE:
         seen = visible(query[None, :], key[:, None], 2147483647, window, CAUSAL, WINDOWED)
         p = tl.where(seen, p, 0.0)
     dv = dot(p.to(dout.dtype), dout, dv)
-    ds = p * (dot(v, dout.T, zeros) - delta[None, :])
+    if not WGMMA:
+        dp = dot(v, dout.T, zeros) - delta[None, :]
+    ds = p * dp
     if WINDOWED and EDGE:
         # A query that sees its own key alone has probability 1 whatever the logit: no rounding may pass for a gradient.
         ds = tl.where(window == 1, 0.0, ds)
@@ -230,12 +236,12 @@ def _dkdv_edges(
     q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end, col_end, gap,
     factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, WGMMA: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Adds the edges of a range of packed queries to dK and dV."""
     m = tl.arange(0, BLOCK_M)
 
-    for i in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK_M)):
+    for i in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK_M, SOME)):
         col, limit = edge_columns(i, col_start, full_start, full_end, col_end, BLOCK_M)
         token = col // GROUP
         local = col - token * GROUP + m
@@ -257,7 +263,7 @@ def _dkdv_edges(
         delta_tile = tl.load(delta + col + m, mask=valid, other=0.0)
         dk_acc, dv_acc = _dkdv_step(
             q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP - gap, key,
-            window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, True,
+            window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, WGMMA, True,
         )  # fmt: skip
     return dk_acc, dv_acc
 
@@ -268,6 +274,7 @@ def _dkdv_interior(
     factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, TMA: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):  # fmt: skip
     """Adds the packed queries of a range that need no mask to dK and dV."""
     m = tl.arange(0, BLOCK_M)
@@ -294,7 +301,7 @@ def _dkdv_interior(
         delta_tile = tl.load(delta + col + m)
         dk_acc, dv_acc = _dkdv_step(
             q_tile, dout_tile, k_tile, v_tile, dk_acc, dv_acc, high, low, delta_tile, token + local // GROUP, key,
-            window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, False,
+            window, factor, cap, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, WGMMA, False,
         )  # fmt: skip
     return dk_acc, dv_acc
 
@@ -305,7 +312,7 @@ def dkdv_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SHARED: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys: a loop over the packed queries, of the whole group, that see it."""
     # Columns are packed rows here.
@@ -335,25 +342,25 @@ def dkdv_kernel(
             dk_acc, dv_acc = _dkdv_edges(
                 q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end,
                 col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D,
-                BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32,
+                BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, WGMMA, False,
             )  # fmt: skip
         for at in range(place, last, 5):
             _, full_start, full_end, _, _ = context_range(context + at, GROUP, BLOCK_M)
             dk_acc, dv_acc = _dkdv_interior(
                 q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, full_start,
                 full_end, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D, BLOCK_M,
-                CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+                CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA, WGMMA,
             )  # fmt: skip
     else:
         dk_acc, dv_acc = _dkdv_edges(
             q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end, col_end,
             0, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D, BLOCK_M, CAUSAL,
-            WINDOWED, SOFTCAP, FLOAT32,
+            WINDOWED, SOFTCAP, FLOAT32, WGMMA, WGMMA,
         )  # fmt: skip
         dk_acc, dv_acc = _dkdv_interior(
             q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, full_start,
             full_end, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D, BLOCK_M,
-            CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA,
+            CAUSAL, WINDOWED, SOFTCAP, FLOAT32, TMA, WGMMA,
         )  # fmt: skip
 
     stored = (key < row_end)[:, None] if BLOCK_D == D else (key < row_end)[:, None] & (d < D)[None, :]

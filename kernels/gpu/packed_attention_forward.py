@@ -48,13 +48,13 @@ def _forward_step(
 def _forward_edges(
     q_tile, k, v, acc, row_max, row_sum, query, col_start, full_start, full_end, col_end, factor, cap, window,
     stride_kt, stride_vt, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Takes the edges of a range of keys into the running softmax."""
     key = tl.arange(0, EDGE_N)
     d = tl.arange(0, BLOCK_D)
     k_offsets, v_offsets = key[:, None] * stride_kt + d[None, :], key[:, None] * stride_vt + d[None, :]
-    for i in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
+    for i in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N, SOME)):
         col, limit = edge_columns(i, col_start, full_start, full_end, col_end, EDGE_N)
         at = tl.cast(col, tl.int64)
         k_tile = load(k + at * stride_kt + k_offsets, col + key, limit, True, D, BLOCK_D)
@@ -98,7 +98,7 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SHARED: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of a tile of queries."""
     head, row_start, row_end, col_start, full_start, full_end, col_end = tile_bounds(tiles, kv_heads, 1, BLOCK_N)
@@ -125,7 +125,7 @@ def forward_kernel(
             col_start, full_start, full_end, col_end, gap = context_range(context + at, 1, BLOCK_N)
             acc, row_max, row_sum = _forward_edges(
                 q_tile, k, v, acc, row_max, row_sum, query - gap, col_start, full_start, full_end, col_end, factor,
-                cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+                cap, window, stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, False,
             )  # fmt: skip
         for at in range(place, last, 5):
             _, full_start, full_end, _, _ = context_range(context + at, 1, BLOCK_N)
@@ -136,7 +136,7 @@ def forward_kernel(
     else:
         acc, row_max, row_sum = _forward_edges(
             q_tile, k, v, acc, row_max, row_sum, query, col_start, full_start, full_end, col_end, factor, cap, window,
-            stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP,
+            stride_kt, stride_vt, D, BLOCK_D, EDGE_N, CAUSAL, WINDOWED, SOFTCAP, WGMMA,
         )  # fmt: skip
         acc, row_max, row_sum = _forward_interior(
             q_tile, k, v, k_desc, v_desc, acc, row_max, row_sum, head, query, full_start, full_end, factor, cap, window,

@@ -145,12 +145,17 @@ def test_views_of_a_fused_projection(backend: Backend, dtype: torch.dtype) -> No
     _check([x.transpose(0, 1).requires_grad_() for x in rows], bounds, backend)
 
 
-@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("backend", TRITON)
+def test_tiles_without_edges(backend: Backend) -> None:
+    _check(_inputs(384, 4, 2, 16, torch.bfloat16), [0, 128, 384], backend, causal=False)
+
+
+@pytest.mark.parametrize(("planned", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
 @pytest.mark.parametrize(
     "backend", [*BACKENDS, Backend("reference", "cpu")], ids=lambda value: getattr(value, "name", value)
 )
-def test_rows_past_the_last_document_are_not_read(backend: Backend, planned: bool) -> None:
-    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, torch.float32)]
+def test_rows_past_the_last_document_are_not_read(backend: Backend, planned: bool, dtype: torch.dtype) -> None:
+    inputs = [x.detach().to(backend.device).requires_grad_() for x in _inputs(TOKENS, 4, 2, 8, dtype)]
     with torch.no_grad():
         for x in inputs:
             x[BOUNDS[-1] :] = torch.nan
