@@ -1,5 +1,7 @@
 """linear_token_logprobs with entropy, forward alone (rollouts) and with backward, against full logits."""
 
+from functools import partial
+
 import torch
 
 from bench.peers import compiled
@@ -35,11 +37,13 @@ def _register(suite: str, tokens: int, width: int, vocab: int, backward: bool) -
 
             return forward
 
-        return {
-            "forge": candidate(linear_token_logprobs),
-            "full logits": candidate(peers.logprobs_of_logits),
-            "full logits compiled": candidate(compiled(peers.logprobs_of_logits)),
-        }
+        result: Candidates = {"forge": candidate(linear_token_logprobs)}
+        if device == "cuda":  # "forge" is the first of the two that can run
+            result["forge, rows in CUDA"] = candidate(partial(linear_token_logprobs, backend="cuda"))
+            result["forge, rows in Triton"] = candidate(partial(linear_token_logprobs, backend="triton"))
+        result["full logits"] = candidate(peers.logprobs_of_logits)
+        result["full logits compiled"] = candidate(compiled(peers.logprobs_of_logits))
+        return result
 
 
 for suite, shapes in SHAPES.items():
