@@ -9,6 +9,7 @@ import torch
 from bench.peers import attention as peers
 from bench.registry import Candidates, Missing, Slow, Thunk, peer, suite_device, workload
 from forge_core.kernels import PackPlan, attention_hopper, packed_attention
+from forge_core.kernels.attention_call import AttentionCall
 from forge_core.kernels.registry import OPS
 
 
@@ -72,8 +73,8 @@ def candidates(pack: Pack, backward: bool, device: str, varlen: bool) -> Candida
     if varlen:
         # "forge" is whichever of these was measured to be faster on this GPU (kernels/attention_hopper.py).
         for tier in ("triton", *attention_hopper.NAMES):
-            options = (q, k, v, cu_seqlens, plan, True, None, None, pack.d**-0.5)
-            reasons = OPS["packed_attention"].backends[tier].not_supported_reasons(*options)
+            arguments = AttentionCall(q, k, v, cu_seqlens, plan, True, None, None, pack.d**-0.5)
+            reasons = OPS["packed_attention"].backends[tier].not_supported_reasons(arguments)
             call = partial(packed_attention, q, k, v, cu_seqlens, plan=plan, backend=tier)
             result[f"forge {tier}"] = Missing("; ".join(reasons)) if reasons else candidate(call)
         inputs = (q, k, v, cu_seqlens, max(lengths))
