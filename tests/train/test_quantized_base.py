@@ -56,6 +56,7 @@ def losses(folder: Path) -> list[float]:
 def test_the_loss_falls(run: Recipe) -> None:
     values = losses(run.output_dir)
     assert len(values) == 12 and sum(values[-3:]) < 0.9 * sum(values[:3])
+    assert check(run).trained_parameters > 0
     model = build_model(run, torch.device("cpu"))
     assert model.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.uint8
 
