@@ -49,7 +49,7 @@ def packed_attention(
         plan: PackPlan of these cu_seqlens and parents, made once per pack; without it the op makes its own list of
             tiles: on a GPU by some thirty small kernels, once a call. Any plan serves: its tile sizes, causal and
             window only decide which tiles start first ("cpp") or are replaced ("triton", which uploads it at its first
-            use, and wants one where there are parents).
+            use). With parents and without a plan, or compiled, "triton" waits for the GPU to make its lists.
         causal: query i of a document sees keys j <= i; otherwise all of them, and there can be no parents.
         window: query i sees only keys with i - window < j <= i (causal) or |i - j| < window; >= 1.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2, arXiv 2408.00118); > 0.
@@ -184,8 +184,9 @@ def _triton_reasons(call: AttentionCall) -> list[str]:
         reasons.append(
             f"takes up to {max_group(q)} query heads to a key/value head here, got {q.shape[1] // k.shape[1]}"
         )
-    if call.parents is not None and (call.plan is None or torch.compiler.is_compiling()):
-        reasons.append("wants plan= where there are parents, and takes them outside of torch.compile alone")
+    waits = call.parents is not None and call.plan is None and q.is_cuda and not torch.compiler.is_compiling()
+    if waits and torch.cuda.is_current_stream_capturing():
+        reasons.append("wants plan= beside parents= while a CUDA graph is captured: without it, it waits for the GPU")
     if q.shape[0] * q.shape[1] >= 2**31:
         reasons.append(f"takes fewer than 2^31 rows, got {q.shape[0]} tokens of {q.shape[1]} heads")
     return reasons

@@ -36,6 +36,7 @@ class Blocks:
     edge_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None  # a thread's; without it ptxas may aim at more programs, and spill for that
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Kernels:
     forward: Blocks
     dq: Blocks
     dkdv: Blocks
-    dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill
+    dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill:
+    tight: tuple[str, ...] = ("pointers", "softcap", "two-sided window", "parents")  # those; see packed_attention.py
     forward_shared: Blocks | None = None  # as many rows, where forward would spill with parents
-    tight_below: int = 0  # heads of a group, so few that dkdv would spill
 
 
 # Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement.
@@ -60,14 +61,20 @@ _HALF = {
         Blocks(128, 128, 64, 8, 2),
         Blocks(64, 128, 0, 8, 2),
         Blocks(32, 128, 0, 8, 2),
-        tight_below=4,
+        ("pointers", "softcap", "two-sided window", "parents", "few heads"),
     ),
     (90, 256): Kernels(
-        Blocks(128, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2), Blocks(16, 64, 0, 8, 2)
+        Blocks(128, 64, 32, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2), Blocks(16, 64, 0, 8, 2)
     ),
-    (100, 64): Kernels(Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 0, 8, 2)),
+    (100, 64): Kernels(
+        Blocks(64, 128, 64, 4, 2),
+        Blocks(64, 128, 64, 4, 2),
+        Blocks(64, 128, 0, 8, 2),
+        Blocks(32, 128, 0, 8, 2),
+        ("softcap of few heads",),
+    ),
     (100, 128): Kernels(
-        Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2)
+        Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2, 255)
     ),
     (100, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
     (80, 64): Kernels(
@@ -188,9 +195,17 @@ def tile_lists(
     `tiles` are the sizes of other kernels than Triton's, whose `tile_sizes` are the default.
 
     A plan's are uploaded by its first layer and kept for the others, until the plan goes. Without a plan, and in a
-    compiled graph, where layers share what they compute alike, they are made on the device: not with parents.
+    compiled graph, where layers share what they compute alike, they are made on the device. Those with parents cannot
+    be: there cu_seqlens and parents are copied to the host, for which the GPU is waited for.
     """
     tiles = tiles or tile_sizes(q, k)
+    if parents is not None and torch.compiler.is_compiling():
+        sizes = _tree_sizes(q.shape[0], parents.shape[0], tiles)
+        flat = tree_lists(cu_seqlens, parents, q.shape[0], [n for tile in tiles for n in tile], window or 0)
+        flat = flat.split([size for pair in sizes for size in pair])
+        return *(x.view(-1, _COLUMNS) for x in flat[::2]), *flat[1::2]
+    if parents is not None and plan is None:
+        plan = _tree_plan(cu_seqlens, parents)
     if plan is None or torch.compiler.is_compiling():
         _require_offsets(cu_seqlens, q.shape[0])
         return tuple(device_list(cu_seqlens, q.shape[0], tile, causal, window, i == 2) for i, tile in enumerate(tiles))
@@ -200,6 +215,47 @@ def tile_lists(
         made = _plan_lists(plan, q.shape[0], tiles, causal, window)
         of_plan[key] = _upload(plan, made, cu_seqlens, parents)
     return of_plan[key]
+
+
+def _tree_plan(cu_seqlens: Tensor, parents: Tensor) -> PackPlan:
+    return PackPlan(cu_seqlens.cpu().numpy(), parents=parents.cpu().numpy())
+
+
+def _tree_sizes(tokens: int, documents: int, tiles: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """Numbers of the lists of `tree_lists` and of their contexts, by shapes alone: a tile has one range a document."""
+    counts = [tokens // rows + documents + 1 for rows, _ in tiles]
+    return [(count * _COLUMNS, count + 1 + 5 * count * (documents + 1)) for count in counts]
+
+
+@torch.library.custom_op("forge_triton::tree_lists", mutates_args=())
+def tree_lists(cu_seqlens: Tensor, parents: Tensor, tokens: int, tiles: list[int], window: int) -> Tensor:
+    """The lists of a pack with parents, each before its context, for a compiled graph; waits for the GPU.
+
+    Args:
+        tokens: rows of the pack.
+        tiles: rows and columns of a tile, one list after the other.
+        window: 0 for none.
+
+    Returns:
+        int32, as long as `_tree_sizes` says: the tiles behind the last one have no rows and no ranges.
+    """
+    pairs = tuple(zip(tiles[::2], tiles[1::2], strict=True))
+    lists = _plan_lists(_tree_plan(cu_seqlens, parents), tokens, pairs, True, window or None)
+    parts = []
+    for (own, context), (size, context_size) in zip(lists, _tree_sizes(tokens, parents.shape[0], pairs), strict=True):
+        assert context is not None  # there are parents
+        count, more = len(own), size // _COLUMNS - len(own)
+        places = context[: count + 1] + more
+        padded = np.concatenate([own.reshape(-1), np.zeros(more * _COLUMNS, np.int32), places])
+        parts += [padded, np.full(more, places[-1]), context[count + 1 :]]
+        parts.append(np.zeros(context_size - context.size - more, np.int32))
+    return torch.from_numpy(np.concatenate(parts)).to(cu_seqlens.device)
+
+
+@tree_lists.register_fake
+def _(cu_seqlens: Tensor, parents: Tensor, tokens: int, tiles: list[int], window: int) -> Tensor:
+    pairs = tuple(zip(tiles[::2], tiles[1::2], strict=True))
+    return cu_seqlens.new_empty(sum(map(sum, _tree_sizes(tokens, parents.shape[0], pairs))), dtype=torch.int32)
 
 
 def check_plan(plan: PackPlan, cu_seqlens: Tensor, tokens: int) -> None:

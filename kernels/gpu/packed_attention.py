@@ -122,8 +122,15 @@ def packed_attention_backward(
     blocks = configured.dkdv
     group = q.shape[1] // kv_heads
     descriptors = _query_descriptors(q, dout, blocks.block_m, group)
-    crowded = descriptors[0] is None or softcap or (window and not causal) or dkdv_context is not None
-    if configured.dkdv_tight and (crowded or group < configured.tight_below):
+    crowded = {
+        "pointers": descriptors[0] is None,
+        "softcap": softcap > 0,
+        "two-sided window": window > 0 and not causal,
+        "parents": dkdv_context is not None,
+        "few heads": group < 4,
+        "softcap of few heads": softcap > 0 and group < 4,
+    }
+    if configured.dkdv_tight and any(crowded[cause] for cause in configured.tight):
         blocks = configured.dkdv_tight
         descriptors = _query_descriptors(q, dout, blocks.block_m, group)
     dkdv_kernel[dkdv_tiles.shape[0] * kv_heads,](
@@ -161,12 +168,13 @@ def _constants(q: Tensor, k: Tensor, causal: bool, window: int, softcap: float) 
     }
 
 
-def _sizes(blocks: Blocks) -> dict[str, int]:
+def _sizes(blocks: Blocks) -> dict[str, int | None]:
     return {
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
+        "maxnreg": blocks.registers,
     }
 
 
