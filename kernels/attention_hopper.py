@@ -43,8 +43,8 @@ def reasons(call: AttentionCall) -> list[str]:
         found = [*found, f"takes head dimensions in steps of 8 up to 256, got {d}"]
     if padded_group(group) > HOPPER_ROWS // 2:
         found = [*found, f"takes up to {HOPPER_ROWS // 2} query heads to a key/value head, got {group}"]
-    if call.parents is not None:
-        found = [*found, "does not share prompts (parents=)"]
+    if call.parents is not None and (call.plan is None or torch.compiler.is_compiling()):
+        found = [*found, "wants plan= where there are parents, and takes them outside of torch.compile alone"]
     return found
 
 
@@ -62,14 +62,16 @@ def _language_reasons() -> list[str]:
 
 def run(ways: tuple[bool, bool, bool], call: AttentionCall) -> Tensor:
     """Attention by the Gluon kernel; see `reasons`."""
-    q, k, v, cu_seqlens, plan, causal, window, softcap, scale, _ = call
+    q, k, v, cu_seqlens, plan, causal, window, softcap, scale, parents = call
     if scale < 0:  # the kernel takes the largest logit from the largest product
         q, scale = -q, -scale
     pingpong, *wanted = ways
-    dq, dkdv = (way and takes for way, takes in zip(wanted, hopper_backward_takes(q, k, softcap), strict=True))
-    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k, dq, dkdv))
+    takes = hopper_backward_takes(q, k, softcap, parents is not None)
+    dq, dkdv = (way and taken for way, taken in zip(wanted, takes, strict=True))
+    tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k, dq, dkdv), parents)
+    lists, context, options = tiles[:3], tiles[3:], (causal, window or 0, softcap or 0.0, scale)
     op = torch.ops.forge_triton.packed_attention_hopper
-    return op(q, k, v, *tiles, causal, window or 0, softcap or 0.0, scale, pingpong, dq, dkdv)[0]
+    return op(q, k, v, *lists, *options, pingpong, dq, dkdv, *context)[0]
 
 
 def fastest(ways: dict[str, Callable[[AttentionCall], Tensor]], call: AttentionCall) -> str:
@@ -82,11 +84,12 @@ def fastest(ways: dict[str, Callable[[AttentionCall], Tensor]], call: AttentionC
     to powers of two. The first call of a class measures (kernels/gpu/tuning.py); a compiled graph does not, it takes
     what was measured before.
     """
-    q, k, v, cu_seqlens, _, causal, window, softcap, *_ = call
+    q, k, v, cu_seqlens, _, causal, window, softcap, _, parents = call
     tokens, documents = q.shape[0], max(1, cu_seqlens.shape[0] - 1)
     bits = (tokens.bit_length(), (tokens // documents).bit_length(), (window or 0).bit_length())
     heads = f"{q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
     options = f"{'causal' if causal else 'both'}{' window' if window else ''}{' softcap' if softcap else ''}"
+    options += " shared" if parents is not None else ""
     key = f"packed_attention {heads} {options} {q.dtype} sizes {bits}"
     if torch.compiler.is_compiling():
         return _remembered(key, tuple(ways))
@@ -120,18 +123,20 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, gluon_dq, gluon_dkdv = inputs
+    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, gluon_dq, gluon_dkdv, _, dq_context, dkdv_context = inputs
     ctx.by_gluon = gluon_dq, gluon_dkdv
-    ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles)
+    ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles, dq_context, dkdv_context)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
+    *saved, dq_context, dkdv_context = ctx.saved_tensors
+    arguments, context = (dout, *saved, *ctx.options), (dq_context, dkdv_context)
     if any(ctx.by_gluon):
-        gradients = ops.packed_attention_hopper_backward(dout, *ctx.saved_tensors, *ctx.options, *ctx.by_gluon)
+        gradients = ops.packed_attention_hopper_backward(*arguments, *ctx.by_gluon, *context)
     else:
-        gradients = ops.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None, None, None, None, None, None, None
+        gradients = ops.packed_attention_backward(*arguments, *context)
+    return *gradients, *[None] * 13
 
 
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,14 +144,15 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) ->
 
 
 _OPTIONS = "Tensor dq_tiles, Tensor dkdv_tiles, bool causal, int window, float softcap, float scale"
+_CONTEXT = "Tensor? dq_context=None, Tensor? dkdv_context=None"
 
 register_op(
     "packed_attention_hopper", _fake, _backward, _setup_context, gpu="packed_attention_hopper",
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor forward_tiles, {_OPTIONS}, "
-    "bool pingpong, bool gluon_dq, bool gluon_dkdv) -> (Tensor, Tensor)",
+    f"bool pingpong, bool gluon_dq, bool gluon_dkdv, Tensor? forward_context=None, {_CONTEXT}) -> (Tensor, Tensor)",
 )  # fmt: skip
 register_op(
     "packed_attention_hopper_backward", _fake_backward, gpu="packed_attention_hopper_backward",
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONS}, bool gluon_dq, bool gluon_dkdv) -> (Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, bool gluon_dq, bool gluon_dkdv, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip

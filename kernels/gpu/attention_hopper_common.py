@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
@@ -54,6 +54,34 @@ def bounds(row, BLOCK: gl.constexpr):
     row_start, row_end, col_start, col_end, full_start, full_end = row
     full_end = full_start + (full_end - full_start) // BLOCK * BLOCK
     return row_start, row_end, col_start, full_start, full_end, col_end
+
+
+@gluon.jit
+def load_places(context, item, items, KV_HEADS: gl.constexpr, SHARED: gl.constexpr):
+    """Where the ranges of columns of an item's tile begin and end in the context; without one there is one range.
+
+    The first range is that of the item's row, so nobody waits for it; `load_range` has the others.
+    """
+    place, last = 0, 5
+    if SHARED:
+        if item >= items:
+            item = 0
+        place, last = gl.load(context + item // KV_HEADS), gl.load(context + item // KV_HEADS + 1)
+    return place, last
+
+
+@gluon.jit
+def load_range(context, at, last):
+    """The range after that at `at`, to be used when that is done; the last one has itself behind it."""
+    at = context + gl.minimum(at + 5, last - 5)
+    return gl.load(at), gl.load(at + 2), gl.load(at + 3), gl.load(at + 1), gl.load(at + 4)
+
+
+@gluon.jit
+def range_bounds(found, BLOCK: gl.constexpr):
+    """Columns of a range as those of `bounds`, and its gap: a key is visible to query i if it is to `i - gap`."""
+    col_start, full_start, full_end, col_end, gap = found
+    return col_start, full_start, full_start + (full_end - full_start) // BLOCK * BLOCK, col_end, gap
 
 
 @gluon.jit
@@ -115,6 +143,13 @@ def clear_rows(tile, rows, ROWS: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def start_product(a_tile, b_tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """a b^T."""
+    zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
+    return warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def visible(query, key, limit, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr):
     """Whether a token sees a key of its own document; keys from `limit` on belong to none."""
     seen = key < limit
@@ -137,6 +172,38 @@ def capped(product, factor, cap):
 
 
 @gluon.jit
+def softmax(
+    s, row_max, row_sum, query, key, limit, factor, cap, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
+    SOFTCAP: gl.constexpr, EDGE: gl.constexpr, LAYOUT: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """Takes a block of products into the running softmax: P, what to keep of the sums so far, new maximum and sum."""
+    COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    row_max = gl.convert_layout(row_max, COLUMN, assert_trivial=True)
+    row_sum = gl.convert_layout(row_sum, COLUMN, assert_trivial=True)
+    if EDGE or SOFTCAP:
+        logits = capped(s, factor, cap) if SOFTCAP else s * factor
+        if EDGE:
+            query = gl.convert_layout(query, COLUMN, assert_trivial=True)
+            seen = visible(query[:, None], key[None, :], limit, window, CAUSAL, WINDOWED)
+            logits = gl.where(seen, logits, float("-inf"))
+        new_max = gl.maximum(row_max, gl.max(logits, 1))
+        # A row of a window may have met no key yet.
+        base = gl.where(new_max == float("-inf"), 0.0, new_max) if EDGE else new_max
+        p = gl.exp2(logits - base[:, None])
+    else:
+        # factor >= 0, so that the scaled maximum is the maximum of the scaled: one multiply-add for each element.
+        new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
+        base = new_max
+        p = gl.exp2(s * factor - base[:, None])
+    keep = gl.exp2(row_max - base)
+    row_sum = row_sum * keep + gl.sum(p, 1)
+    return (
+        p, gl.convert_layout(keep, ROW, assert_trivial=True), gl.convert_layout(new_max, ROW, assert_trivial=True),
+        gl.convert_layout(row_sum, ROW, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
 def store_queries(
     acc, out, head, row_start, row_end, stride_ot, stride_oh, GROUP: gl.constexpr, PADDED: gl.constexpr,
     D: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr,
@@ -151,6 +218,22 @@ def store_queries(
     offsets = row // PADDED * stride_ot + row % PADDED * stride_oh
     inside = stored[:, None] if D == WIDTH else stored[:, None] & (d < D)[None, :]
     gl.store(out + offsets[:, None] + d[None, :], values, mask=inside)
+
+
+@gluon.jit
+def store_keys(
+    acc, out, head, row_start, row_end, KV_HEADS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
+    WIDTH: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Stores the rows of keys of one head, contiguous."""
+    COPY: gl.constexpr = row_layout(ROWS, WIDTH)
+    values = gl.convert_layout(acc.to(DTYPE), COPY)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
+    out += (gl.cast(row_start, gl.int64) * KV_HEADS + head) * D
+    stored = (row_start + row < row_end)[:, None]
+    inside = stored if D == WIDTH else stored & (d < D)[None, :]
+    gl.store(out + row[:, None] * (KV_HEADS * D) + d[None, :], values, mask=inside)
 
 
 @constexpr_function

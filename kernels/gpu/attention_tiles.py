@@ -145,11 +145,13 @@ def hopper_edge(d: int) -> int:
     return 64 if d <= 128 else 32
 
 
-def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None) -> tuple[bool, bool]:
-    """Whether there are Gluon kernels for dQ, and for dK and dV: without softcap; what they have registers for."""
-    group = q.shape[1] // k.shape[1]
-    dkdv = padded_group(group) == group <= HOPPER_QUERIES // 2 and q.shape[2] in (64, 128)
-    return q.shape[2] <= 128 and not softcap, dkdv and not softcap
+def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None, shared: bool) -> tuple[bool, bool]:
+    """Whether there are Gluon kernels for dQ, and for dK and dV: what they have registers for. `shared`: parents."""
+    group, d = q.shape[1] // k.shape[1], q.shape[2]
+    dkdv = padded_group(group) == group <= HOPPER_QUERIES // 2 and d in (64, 128)
+    if shared and group == 1 and d == 128:
+        dkdv = False
+    return d <= 128 and not softcap, dkdv and not softcap
 
 
 def hopper_tile_sizes(q: Tensor, k: Tensor, gluon_dq: bool, gluon_dkdv: bool) -> tuple[tuple[int, int], ...]:

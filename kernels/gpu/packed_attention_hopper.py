@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,17 +40,20 @@ from .attention_hopper_common import (
     advance,
     barriers,
     bounds,
-    capped,
     clear_rows,
     described,
     edge_blocks,
     edge_columns,
     fetch,
     load_item,
+    load_places,
+    load_range,
     nth_item,
     part,
+    range_bounds,
+    softmax,
+    start_product,
     store_queries,
-    visible,
 )
 from .attention_tiles import HOPPER_ROWS, hopper_edge, padded_group, padded_head_dim
 from .packed_attention import _bulk_copies, _factors
@@ -60,9 +64,9 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS = 240, 24, 168
 
 @gluon.jit
 def _produce(
-    q, k, v, k_edge, v_edge, tiles, items, memory,
+    q, k, v, k_edge, v_edge, tiles, context, items, programs, rounds, memory,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, BLOCK_N: gl.constexpr, EDGE_N: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """The producer: every copy, in the order in which the consumers want them."""
     q_slots, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free, _turn = memory
@@ -70,11 +74,13 @@ def _produce(
     WIDTH: gl.constexpr = q.block_type.shape[2]
     Q_BYTES: gl.constexpr = TOKENS * q.block_type.shape[1] * WIDTH * 2
     slot, phase, q_slot, q_phase = 0, 0, 0, 0
-    row = load_item(tiles, nth_item(0, gl.num_programs(0)), items, KV_HEADS)
-    for i in range(gl.cdiv(items, gl.num_programs(0))):
-        item = nth_item(i, gl.num_programs(0))
+    row = load_item(tiles, nth_item(0, programs), items, KV_HEADS)
+    place, last = load_places(context, nth_item(0, programs), items, KV_HEADS, SHARED)
+    for i in range(rounds):
+        item = nth_item(i, programs)
         row_start, _row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK_N)
-        row = load_item(tiles, nth_item(i + 1, gl.num_programs(0)), items, KV_HEADS)
+        row = load_item(tiles, nth_item(i + 1, programs), items, KV_HEADS)
+        next_place, next_last = load_places(context, nth_item(i + 1, programs), items, KV_HEADS, SHARED)
         head = item % KV_HEADS
         if (item < items) & (col_start < col_end):
             for w in gl.static_range(2):
@@ -84,58 +90,26 @@ def _produce(
                     q_free.index(at), q_phase, Q_BYTES,
                 )  # fmt: skip
             q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-            for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
-                col, _limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE_N)
-                k_slot = part(k_ring.index(slot), k_edge, EDGE_N, WIDTH)
-                v_slot = part(v_ring.index(slot), v_edge, EDGE_N, WIDTH)
-                EDGE_BYTES: gl.constexpr = EDGE_N * WIDTH * 2
-                fetch(k_edge, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, EDGE_BYTES)
-                fetch(v_edge, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, EDGE_BYTES)
-                slot, phase = advance(slot, phase, STAGES)
-            for col in range(full_start, full_end, BLOCK_N):
-                BYTES: gl.constexpr = BLOCK_N * WIDTH * 2
-                k_slot, v_slot = k_ring.index(slot), v_ring.index(slot)
-                fetch(k, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, BYTES)
-                fetch(v, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, BYTES)
-                slot, phase = advance(slot, phase, STAGES)
-
-
-@gluon.jit
-def _start_logits(q_tile, k_tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
-    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _softmax(
-    s, row_max, row_sum, query, key, limit, factor, cap, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
-    SOFTCAP: gl.constexpr, EDGE: gl.constexpr, LAYOUT: gl.constexpr, ROW: gl.constexpr,
-):  # fmt: skip
-    """Takes a block of products into the running softmax: P, what to keep of the sums so far, new maximum and sum."""
-    COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    row_max = gl.convert_layout(row_max, COLUMN, assert_trivial=True)
-    row_sum = gl.convert_layout(row_sum, COLUMN, assert_trivial=True)
-    if EDGE or SOFTCAP:
-        logits = capped(s, factor, cap) if SOFTCAP else s * factor
-        if EDGE:
-            query = gl.convert_layout(query, COLUMN, assert_trivial=True)
-            seen = visible(query[:, None], key[None, :], limit, window, CAUSAL, WINDOWED)
-            logits = gl.where(seen, logits, float("-inf"))
-        new_max = gl.maximum(row_max, gl.max(logits, 1))
-        # A row of a window may have met no key yet.
-        base = gl.where(new_max == float("-inf"), 0.0, new_max) if EDGE else new_max
-        p = gl.exp2(logits - base[:, None])
-    else:
-        # factor >= 0, so that the scaled maximum is the maximum of the scaled: one multiply-add for each element.
-        new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
-        base = new_max
-        p = gl.exp2(s * factor - base[:, None])
-    keep = gl.exp2(row_max - base)
-    row_sum = row_sum * keep + gl.sum(p, 1)
-    return (
-        p, gl.convert_layout(keep, ROW, assert_trivial=True), gl.convert_layout(new_max, ROW, assert_trivial=True),
-        gl.convert_layout(row_sum, ROW, assert_trivial=True),
-    )  # fmt: skip
+            for at in range(place, last, 5):
+                if SHARED:
+                    following = load_range(context, at, last)
+                for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
+                    col, _limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE_N)
+                    k_slot = part(k_ring.index(slot), k_edge, EDGE_N, WIDTH)
+                    v_slot = part(v_ring.index(slot), v_edge, EDGE_N, WIDTH)
+                    EDGE_BYTES: gl.constexpr = EDGE_N * WIDTH * 2
+                    fetch(k_edge, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, EDGE_BYTES)
+                    fetch(v_edge, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, EDGE_BYTES)
+                    slot, phase = advance(slot, phase, STAGES)
+                for col in range(full_start, full_end, BLOCK_N):
+                    BYTES: gl.constexpr = BLOCK_N * WIDTH * 2
+                    k_slot, v_slot = k_ring.index(slot), v_ring.index(slot)
+                    fetch(k, [col, head, 0], k_slot, k_ready.index(slot), k_free.index(slot), phase, BYTES)
+                    fetch(v, [col, head, 0], v_slot, v_ready.index(slot), v_free.index(slot), phase, BYTES)
+                    slot, phase = advance(slot, phase, STAGES)
+                if SHARED:
+                    col_start, full_start, full_end, col_end, _gap = range_bounds(following, BLOCK_N)
+        place, last = next_place, next_last
 
 
 @gluon.jit
@@ -160,10 +134,10 @@ def _store(
 
 @gluon.jit
 def _consume(
-    W: gl.constexpr, q, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot, stride_oh,
-    memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, EDGE_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
-    PINGPONG: gl.constexpr,
+    W: gl.constexpr, q, k_edge, v_edge, out, lse, tiles, context, factor, cap, window, tokens, items, programs,
+    rounds, stride_ot, stride_oh, memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr,
+    BLOCK_N: gl.constexpr, EDGE_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, SHARED: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """A consumer: rows 64 W to 64 W + 63 of every tile."""
     q_slots, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free, turn = memory
@@ -179,11 +153,11 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
 
     slot, phase, q_slot, q_phase, my_turn = 0, 0, 0, 0, 1 - W
-    row = load_item(tiles, nth_item(0, gl.num_programs(0)), items, KV_HEADS)
-    for i in range(gl.cdiv(items, gl.num_programs(0))):
-        item = nth_item(i, gl.num_programs(0))
+    row = load_item(tiles, nth_item(0, programs), items, KV_HEADS)
+    place, last = load_places(context, nth_item(0, programs), items, KV_HEADS, SHARED)
+    for i in range(rounds):
+        item = nth_item(i, programs)
         row_start, row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK_N)
-        row = load_item(tiles, nth_item(i + 1, gl.num_programs(0)), items, KV_HEADS)
         row_start += W * TOKENS
         query = row_start + gl.arange(0, ROWS, ROW) // PADDED
         acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
@@ -194,76 +168,89 @@ def _consume(
             q_tile = q_slots.index(at).reshape([ROWS, WIDTH])
             mbarrier.wait(q_ready.index(at), q_phase)
 
-            for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
-                col, limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE_N)
-                mbarrier.wait(k_ready.index(slot), phase)
-                k_tile = part(k_ring.index(slot), k_edge, EDGE_N, WIDTH).reshape([EDGE_N, WIDTH])
-                s = _start_logits(q_tile, k_tile, ROWS, EDGE_N, EDGE)
-                mbarrier.wait(v_ready.index(slot), phase)
-                v_tile = part(v_ring.index(slot), v_edge, EDGE_N, WIDTH).reshape([EDGE_N, WIDTH])
-                if col + EDGE_N > limit:
-                    clear_rows(v_tile, limit - col, EDGE_N, WIDTH)
-                s = warpgroup_mma_wait(0, deps=(s,))
-                mbarrier.arrive(k_free.index(slot))
-                key = col + gl.arange(0, EDGE_N, gl.SliceLayout(0, EDGE))
-                p, keep, row_max, row_sum = _softmax(
-                    s, row_max, row_sum, query, key, limit, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, True, EDGE,
-                    ROW,
-                )  # fmt: skip
-                p = gl.convert_layout(p.to(dtype), OPERAND, assert_trivial=True)
-                acc *= keep[:, None]
-                acc = warpgroup_mma(p, v_tile, acc, is_async=True)
-                acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-                mbarrier.arrive(v_free.index(slot))
-                slot, phase = advance(slot, phase, STAGES)
-
-            if full_start < full_end:
-                mbarrier.wait(k_ready.index(slot), phase)
-                k_tile = k_ring.index(slot).reshape([BLOCK_N, WIDTH])
-                s = _start_logits(q_tile, k_tile, ROWS, BLOCK_N, INNER)
-                s = warpgroup_mma_wait(0, deps=(s,))
-                mbarrier.arrive(k_free.index(slot))
-                p, keep, row_max, row_sum = _softmax(
-                    s, row_max, row_sum, query, query, 0, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, False, INNER,
-                    ROW,
-                )  # fmt: skip
-                acc *= keep[:, None]
-                p = gl.convert_layout(p.to(dtype), OPERAND, assert_trivial=True)
-                for col in range(full_start + BLOCK_N, full_end, BLOCK_N):  # noqa: B007
-                    next_slot, next_phase = advance(slot, phase, STAGES)
-                    mbarrier.wait(k_ready.index(next_slot), next_phase)
-                    if PINGPONG:
-                        mbarrier.wait(turn.index(W), my_turn)
-                        my_turn ^= 1
-                    k_tile = k_ring.index(next_slot).reshape([BLOCK_N, WIDTH])
-                    s = _start_logits(q_tile, k_tile, ROWS, BLOCK_N, INNER)
+            gap = 0
+            for at_range in range(place, last, 5):
+                if SHARED and WIDTH <= 128:
+                    following_range = load_range(context, at_range, last)
+                for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE_N)):
+                    col, limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE_N)
+                    mbarrier.wait(k_ready.index(slot), phase)
+                    k_tile = part(k_ring.index(slot), k_edge, EDGE_N, WIDTH).reshape([EDGE_N, WIDTH])
+                    s = start_product(q_tile, k_tile, ROWS, EDGE_N, EDGE)
                     mbarrier.wait(v_ready.index(slot), phase)
-                    acc = warpgroup_mma(p, v_ring.index(slot).reshape([BLOCK_N, WIDTH]), acc, is_async=True)
-                    if PINGPONG:
-                        mbarrier.arrive(turn.index(1 - W))
-                    s = warpgroup_mma_wait(1, deps=(s,))
-                    mbarrier.arrive(k_free.index(next_slot))
-                    following, keep, row_max, row_sum = _softmax(
+                    v_tile = part(v_ring.index(slot), v_edge, EDGE_N, WIDTH).reshape([EDGE_N, WIDTH])
+                    if col + EDGE_N > limit:
+                        clear_rows(v_tile, limit - col, EDGE_N, WIDTH)
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                    mbarrier.arrive(k_free.index(slot))
+                    key = col + gl.arange(0, EDGE_N, gl.SliceLayout(0, EDGE))
+                    p, keep, row_max, row_sum = softmax(
+                        s, row_max, row_sum, query - gap, key, limit, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP,
+                        True, EDGE, ROW,
+                    )  # fmt: skip
+                    p = gl.convert_layout(p.to(dtype), OPERAND, assert_trivial=True)
+                    acc *= keep[:, None]
+                    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+                    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                    mbarrier.arrive(v_free.index(slot))
+                    slot, phase = advance(slot, phase, STAGES)
+
+                if full_start < full_end:
+                    mbarrier.wait(k_ready.index(slot), phase)
+                    k_tile = k_ring.index(slot).reshape([BLOCK_N, WIDTH])
+                    s = start_product(q_tile, k_tile, ROWS, BLOCK_N, INNER)
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                    mbarrier.arrive(k_free.index(slot))
+                    p, keep, row_max, row_sum = softmax(
                         s, row_max, row_sum, query, query, 0, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, False,
                         INNER, ROW,
                     )  # fmt: skip
-                    # Always done: ptxas takes a wait for products up past the exponentials, but not past a branch.
-                    mbarrier.wait(q_ready.index(at), q_phase)
+                    acc *= keep[:, None]
+                    p = gl.convert_layout(p.to(dtype), OPERAND, assert_trivial=True)
+                    for col in range(full_start + BLOCK_N, full_end, BLOCK_N):  # noqa: B007
+                        next_slot, next_phase = advance(slot, phase, STAGES)
+                        mbarrier.wait(k_ready.index(next_slot), next_phase)
+                        if PINGPONG:
+                            mbarrier.wait(turn.index(W), my_turn)
+                            my_turn ^= 1
+                        k_tile = k_ring.index(next_slot).reshape([BLOCK_N, WIDTH])
+                        s = start_product(q_tile, k_tile, ROWS, BLOCK_N, INNER)
+                        mbarrier.wait(v_ready.index(slot), phase)
+                        acc = warpgroup_mma(p, v_ring.index(slot).reshape([BLOCK_N, WIDTH]), acc, is_async=True)
+                        if PINGPONG:
+                            mbarrier.arrive(turn.index(1 - W))
+                        s = warpgroup_mma_wait(1, deps=(s,))
+                        mbarrier.arrive(k_free.index(next_slot))
+                        following, keep, row_max, row_sum = softmax(
+                            s, row_max, row_sum, query, query, 0, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, False,
+                            INNER, ROW,
+                        )  # fmt: skip
+                        # Always done: ptxas takes a wait for products up past the exponentials, but not past a branch.
+                        mbarrier.wait(q_ready.index(at), q_phase)
+                        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                        mbarrier.arrive(v_free.index(slot))
+                        acc *= keep[:, None]
+                        p = gl.convert_layout(following.to(dtype), OPERAND, assert_trivial=True)
+                        slot = next_slot
+                        phase = next_phase
+                    mbarrier.wait(v_ready.index(slot), phase)
+                    acc = warpgroup_mma(p, v_ring.index(slot).reshape([BLOCK_N, WIDTH]), acc, is_async=True)
+                    if not SHARED:
+                        mbarrier.arrive(q_free.index(at))
                     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
                     mbarrier.arrive(v_free.index(slot))
-                    acc *= keep[:, None]
-                    p = gl.convert_layout(following.to(dtype), OPERAND, assert_trivial=True)
-                    slot = next_slot
-                    phase = next_phase
-                mbarrier.wait(v_ready.index(slot), phase)
-                acc = warpgroup_mma(p, v_ring.index(slot).reshape([BLOCK_N, WIDTH]), acc, is_async=True)
-                mbarrier.arrive(q_free.index(at))
-                acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-                mbarrier.arrive(v_free.index(slot))
-                slot, phase = advance(slot, phase, STAGES)
-            else:
+                    slot, phase = advance(slot, phase, STAGES)
+                elif not SHARED:
+                    mbarrier.arrive(q_free.index(at))
+                if SHARED:
+                    if WIDTH > 128:  # registers for it only now
+                        following_range = load_range(context, at_range, last)
+                    col_start, full_start, full_end, col_end, gap = range_bounds(following_range, BLOCK_N)
+            if SHARED:
                 mbarrier.arrive(q_free.index(at))
             q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+        row = load_item(tiles, nth_item(i + 1, programs), items, KV_HEADS)
+        place, last = load_places(context, nth_item(i + 1, programs), items, KV_HEADS, SHARED)
         if item < items:
             _store(
                 acc, row_max, row_sum, out, lse, item % KV_HEADS, row_start, row_end, tokens, stride_ot, stride_oh,
@@ -271,12 +258,13 @@ def _consume(
             )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["window", "tokens", "items"])
+@gluon.jit(do_not_specialize=["window", "tokens", "items", "programs", "rounds"])
 def hopper_forward_kernel(
-    q, k, v, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot, stride_oh,
-    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, EDGE_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
-    PINGPONG: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    q, k, v, k_edge, v_edge, out, lse, tiles, context, factor, cap, window, tokens, items, programs, rounds,
+    stride_ot, stride_oh, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    EDGE_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr,
+    SOFTCAP: gl.constexpr, SHARED: gl.constexpr, PINGPONG: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Output and lse, as forward_kernel of packed_attention_forward.py; k_edge and v_edge are k and v, EDGE_N rows."""
     Q_SHAPE: gl.constexpr = q.block_type.shape
@@ -291,17 +279,18 @@ def hopper_forward_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                gl.constexpr(0), q, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot,
-                stride_oh, memory, GROUP, KV_HEADS, D, BLOCK_N, EDGE_N, STAGES, Q_STAGES, CAUSAL, WINDOWED, SOFTCAP,
-                PINGPONG,
+                gl.constexpr(0), q, k_edge, v_edge, out, lse, tiles, context, factor, cap, window, tokens, items,
+                programs, rounds, stride_ot, stride_oh, memory, GROUP, KV_HEADS, D, BLOCK_N, EDGE_N, STAGES, Q_STAGES,
+                CAUSAL, WINDOWED, SOFTCAP, SHARED, PINGPONG,
             )),
             (_consume, (
-                gl.constexpr(1), q, k_edge, v_edge, out, lse, tiles, factor, cap, window, tokens, items, stride_ot,
-                stride_oh, memory, GROUP, KV_HEADS, D, BLOCK_N, EDGE_N, STAGES, Q_STAGES, CAUSAL, WINDOWED, SOFTCAP,
-                PINGPONG,
+                gl.constexpr(1), q, k_edge, v_edge, out, lse, tiles, context, factor, cap, window, tokens, items,
+                programs, rounds, stride_ot, stride_oh, memory, GROUP, KV_HEADS, D, BLOCK_N, EDGE_N, STAGES, Q_STAGES,
+                CAUSAL, WINDOWED, SOFTCAP, SHARED, PINGPONG,
             )),
             (_produce, (
-                q, k, v, k_edge, v_edge, tiles, items, memory, GROUP, KV_HEADS, BLOCK_N, EDGE_N, STAGES, Q_STAGES,
+                q, k, v, k_edge, v_edge, tiles, context, items, programs, rounds, memory, GROUP, KV_HEADS, BLOCK_N,
+                EDGE_N, STAGES, Q_STAGES, SHARED,
             )),
         ],
         [4, 1],
@@ -336,6 +325,9 @@ def packed_attention_hopper(
     pingpong: bool,
     gluon_dq: bool,
     gluon_dkdv: bool,
+    forward_context: Tensor | None = None,
+    dq_context: Tensor | None = None,
+    dkdv_context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward kernel: out, lse. `forward_tiles` has tiles of `hopper_tile_sizes`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -349,13 +341,16 @@ def packed_attention_hopper(
     items = forward_tiles.shape[0] * kv_heads
     q, k, v = (x if x.stride(2) == 1 and _bulk_copies(x) else x.contiguous() for x in (q, k, v))
     query_block = [HOPPER_ROWS // 2 // padded, padded, width]
-    hopper_forward_kernel[(min(items, multiprocessors(q.device)),)](
+    programs = min(items, multiprocessors(q.device))
+    hopper_forward_kernel[(programs,)](
         described(q, query_block),
         *(described(x, [rows, 1, width]) for rows in (sizes.block_n, hopper_edge(d)) for x in (k, v)),
-        out, lse, forward_tiles, *_factors(softcap, scale), window, tokens, items, out.stride(0), out.stride(1),
+        out, lse, forward_tiles, forward_context, *_factors(softcap, scale), window, tokens, items, programs,
+        triton.cdiv(items, programs), out.stride(0), out.stride(1),
         GROUP=group, KV_HEADS=kv_heads, D=d, BLOCK_N=sizes.block_n, EDGE_N=hopper_edge(d), STAGES=sizes.stages,
-        Q_STAGES=sizes.q_stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=softcap > 0, PINGPONG=pingpong,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+        Q_STAGES=sizes.q_stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=softcap > 0,
+        SHARED=forward_context is not None, PINGPONG=pingpong, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out, lse
 
@@ -369,6 +364,10 @@ def workloads() -> list[Workload]:
         ("D 256, window", 16, 8, 256, True, 512, 0.0, False),
         ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0, False),
         ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0, False),
+        ("D 128, shared prompts", 32, 8, 128, True, 0, 0.0, False),
+        ("D 64, shared prompts, window", 32, 8, 64, True, 512, 0.0, False),
+        ("D 128, shared prompts, window, softcap, in turns", 32, 8, 128, True, 512, 50.0, True),
+        ("D 256, shared prompts, window", 16, 8, 256, True, 512, 0.0, False),
     ]  # fmt: skip
     for name, q_heads, kv_heads, d, causal, window, softcap, pingpong in calls:
         listed.append(_call(name, q_heads, kv_heads, d, causal, window, softcap, pingpong))
@@ -382,9 +381,10 @@ def _call(
     q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
     tiles = meta(16 * math.ceil(512 / (HOPPER_ROWS // padded_group(group))), 8, dtype=torch.int32)
     options = (causal, window, softcap, d**-0.5, pingpong, True, True)
+    context = (meta(4096, dtype=torch.int32),) if "shared" in name else ()
     return Workload(
         f"packed_attention: Gluon forward {name}, {q_heads}/{kv_heads} heads",
-        lambda: packed_attention_hopper(q, kv, kv, tiles, tiles, tiles, *options),
+        lambda: packed_attention_hopper(q, kv, kv, tiles, tiles, tiles, *options, *context),
         4 * tokens * d * (q_heads + kv_heads),
         round(4 * d * q_heads * tokens * (470 if causal else 940)),
         ("hopper_forward_kernel",),

@@ -37,9 +37,12 @@ from .attention_hopper_common import (
     edge_blocks,
     edge_columns,
     load_item,
+    load_places,
+    load_range,
     nth_item,
     part,
-    row_layout,
+    range_bounds,
+    store_keys,
     visible,
 )
 from .attention_tiles import HOPPER_KEYS, HOPPER_QUERIES, padded_head_dim
@@ -61,8 +64,9 @@ def _fetch(matrix, at, vector, place, tile, numbers, ready, free, phase, BYTES: 
 
 @gluon.jit
 def _produce(
-    q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, tiles, tokens, items, programs, rounds, memory,
-    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, COLS: gl.constexpr, EDGE: gl.constexpr, STAGES: gl.constexpr,
+    q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, tiles, context, tokens, items, programs, rounds,
+    memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, COLS: gl.constexpr, EDGE: gl.constexpr, STAGES: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     """The producer: every copy, in the order in which the consumers want them."""
     (
@@ -72,10 +76,12 @@ def _produce(
     WIDTH: gl.constexpr = k.block_type.shape[2]
     slot, phase, kv_phase = 0, 0, 0
     row = load_item(tiles, nth_item(0, programs), items, KV_HEADS)
+    place, last = load_places(context, nth_item(0, programs), items, KV_HEADS, SHARED)
     for i in range(rounds):
         item = nth_item(i, programs)
         row_start, _row_end, col_start, full_start, full_end, col_end = bounds(row, COLS)
         row = load_item(tiles, nth_item(i + 1, programs), items, KV_HEADS)
+        next_place, next_last = load_places(context, nth_item(i + 1, programs), items, KV_HEADS, SHARED)
         head = item % KV_HEADS
         if (item < items) & (col_start < col_end):
             for w in gl.static_range(2):
@@ -85,33 +91,39 @@ def _produce(
                 tma.async_copy_global_to_shared(k, [key, head, 0], kv_ready.index(w), k_slots.index(w))
                 tma.async_copy_global_to_shared(v, [key, head, 0], kv_ready.index(w), v_slots.index(w))
             kv_phase ^= 1
-            for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE)):
-                col, _limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE)
-                EDGE_BYTES: gl.constexpr = EDGE * GROUP * (WIDTH * 2 + 4)
-                at, place = [col, head * GROUP, 0], [(head * tokens + col) * GROUP]
-                _fetch(
-                    q_edge, at, lse_edge, place, part(q_ring.index(slot), q_edge, EDGE, WIDTH, GROUP),
-                    _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP), q_ready.index(slot), q_free.index(slot),
-                    phase, EDGE_BYTES,
-                )  # fmt: skip
-                _fetch(
-                    dout_edge, at, delta_edge, place, part(o_ring.index(slot), q_edge, EDGE, WIDTH, GROUP),
-                    _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), o_ready.index(slot), o_free.index(slot),
-                    phase, EDGE_BYTES,
-                )  # fmt: skip
-                slot, phase = advance(slot, phase, STAGES)
-            for col in range(full_start, full_end, COLS):
-                BYTES: gl.constexpr = COLS * GROUP * (WIDTH * 2 + 4)
-                at, place = [col, head * GROUP, 0], [(head * tokens + col) * GROUP]
-                _fetch(
-                    q, at, lse, place, q_ring.index(slot), lse_ring.index(slot), q_ready.index(slot),
-                    q_free.index(slot), phase, BYTES,
-                )  # fmt: skip
-                _fetch(
-                    dout, at, delta, place, o_ring.index(slot), delta_ring.index(slot), o_ready.index(slot),
-                    o_free.index(slot), phase, BYTES,
-                )  # fmt: skip
-                slot, phase = advance(slot, phase, STAGES)
+            for at_range in range(place, last, 5):
+                if SHARED:
+                    following = load_range(context, at_range, last)
+                for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE)):
+                    col, _limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE)
+                    EDGE_BYTES: gl.constexpr = EDGE * GROUP * (WIDTH * 2 + 4)
+                    at, number = [col, head * GROUP, 0], [(head * tokens + col) * GROUP]
+                    _fetch(
+                        q_edge, at, lse_edge, number, part(q_ring.index(slot), q_edge, EDGE, WIDTH, GROUP),
+                        _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP), q_ready.index(slot), q_free.index(slot),
+                        phase, EDGE_BYTES,
+                    )  # fmt: skip
+                    _fetch(
+                        dout_edge, at, delta_edge, number, part(o_ring.index(slot), q_edge, EDGE, WIDTH, GROUP),
+                        _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), o_ready.index(slot),
+                        o_free.index(slot), phase, EDGE_BYTES,
+                    )  # fmt: skip
+                    slot, phase = advance(slot, phase, STAGES)
+                for col in range(full_start, full_end, COLS):
+                    BYTES: gl.constexpr = COLS * GROUP * (WIDTH * 2 + 4)
+                    at, number = [col, head * GROUP, 0], [(head * tokens + col) * GROUP]
+                    _fetch(
+                        q, at, lse, number, q_ring.index(slot), lse_ring.index(slot), q_ready.index(slot),
+                        q_free.index(slot), phase, BYTES,
+                    )  # fmt: skip
+                    _fetch(
+                        dout, at, delta, number, o_ring.index(slot), delta_ring.index(slot), o_ready.index(slot),
+                        o_free.index(slot), phase, BYTES,
+                    )  # fmt: skip
+                    slot, phase = advance(slot, phase, STAGES)
+                if SHARED:
+                    col_start, full_start, full_end, col_end, _gap = range_bounds(following, COLS)
+        place, last = next_place, next_last
 
 
 @gluon.jit
@@ -186,25 +198,10 @@ def _add_inner(
 
 
 @gluon.jit
-def _store(
-    acc, out, head, row_start, row_end, KV_HEADS: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-    WIDTH: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    COPY: gl.constexpr = row_layout(ROWS, WIDTH)
-    values = gl.convert_layout(acc.to(DTYPE), COPY)
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
-    out += (gl.cast(row_start, gl.int64) * KV_HEADS + head) * D  # contiguous
-    stored = (row_start + row < row_end)[:, None]
-    inside = stored if D == WIDTH else stored & (d < D)[None, :]
-    gl.store(out + row[:, None] * (KV_HEADS * D) + d[None, :], values, mask=inside)
-
-
-@gluon.jit
 def _consume(
-    W: gl.constexpr, k, q_edge, lse_edge, dk_out, dv_out, tiles, factor, scale, items, programs, rounds, memory,
-    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, EDGE: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    W: gl.constexpr, k, q_edge, lse_edge, dk_out, dv_out, tiles, context, factor, scale, items, programs, rounds,
+    memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, EDGE: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """A consumer: keys 64 W to 64 W + 63 of every tile."""
     (
@@ -220,6 +217,7 @@ def _consume(
 
     slot, phase, kv_phase = 0, 0, 0
     row = load_item(tiles, nth_item(0, programs), items, KV_HEADS)
+    place, last = load_places(context, nth_item(0, programs), items, KV_HEADS, SHARED)
     for i in range(rounds):
         item = nth_item(i, programs)
         row_start, row_end, col_start, full_start, full_end, col_end = bounds(row, COLS)
@@ -232,42 +230,53 @@ def _consume(
             v_tile = v_slots.index(W).reshape([KEYS, WIDTH])
             mbarrier.wait(kv_ready.index(W), kv_phase)
             kv_phase ^= 1
-            for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE)):
-                col, limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE)
-                mbarrier.wait(q_ready.index(slot), phase)
-                mbarrier.wait(o_ready.index(slot), phase)
-                # Queries before the first key of this consumer see none of them.
-                if (not CAUSAL) or col + EDGE > row_start:
-                    dk, dv = _add_edge(
-                        part(q_ring.index(slot), q_edge, EDGE, WIDTH, GROUP).reshape([EDGE * GROUP, WIDTH]),
-                        part(o_ring.index(slot), q_edge, EDGE, WIDTH, GROUP).reshape([EDGE * GROUP, WIDTH]),
-                        _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP),
-                        _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), k_tile, v_tile, dk, dv, key, col,
-                        limit, factor, GROUP, CAUSAL, WINDOW, OPERAND, dtype, MASKED,
-                    )  # fmt: skip
-                mbarrier.arrive(o_free.index(slot))
-                mbarrier.arrive(q_free.index(slot))
-                slot, phase = advance(slot, phase, STAGES)
-            for col in range(full_start, full_end, COLS):  # noqa: B007
-                dk, dv = _add_inner(
-                    k_tile, v_tile, dk, dv, slot, phase, memory, factor, COLS * GROUP, WIDTH, OPERAND, dtype, LOGITS
-                )
-                slot, phase = advance(slot, phase, STAGES)
+            gap = 0
+            for at_range in range(place, last, 5):
+                if SHARED and WIDTH <= 64:
+                    following = load_range(context, at_range, last)
+                for e in range(edge_blocks(col_start, full_start, full_end, col_end, EDGE)):
+                    col, limit = edge_columns(e, col_start, full_start, full_end, col_end, EDGE)
+                    mbarrier.wait(q_ready.index(slot), phase)
+                    mbarrier.wait(o_ready.index(slot), phase)
+                    # Queries before the first key of this consumer see none of them.
+                    if (not CAUSAL) or col + EDGE > row_start + gap:
+                        dk, dv = _add_edge(
+                            part(q_ring.index(slot), q_edge, EDGE, WIDTH, GROUP).reshape([EDGE * GROUP, WIDTH]),
+                            part(o_ring.index(slot), q_edge, EDGE, WIDTH, GROUP).reshape([EDGE * GROUP, WIDTH]),
+                            _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP),
+                            _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), k_tile, v_tile, dk, dv, key + gap,
+                            col, limit, factor, GROUP, CAUSAL, WINDOW, OPERAND, dtype, MASKED,
+                        )  # fmt: skip
+                    mbarrier.arrive(o_free.index(slot))
+                    mbarrier.arrive(q_free.index(slot))
+                    slot, phase = advance(slot, phase, STAGES)
+                for col in range(full_start, full_end, COLS):  # noqa: B007
+                    dk, dv = _add_inner(
+                        k_tile, v_tile, dk, dv, slot, phase, memory, factor, COLS * GROUP, WIDTH, OPERAND, dtype, LOGITS
+                    )
+                    slot, phase = advance(slot, phase, STAGES)
+                if SHARED:
+                    if WIDTH > 64:  # registers for it only now
+                        following = load_range(context, at_range, last)
+                    col_start, full_start, full_end, col_end, gap = range_bounds(following, COLS)
             mbarrier.arrive(kv_free.index(W))
         row = load_item(tiles, nth_item(i + 1, programs), items, KV_HEADS)
+        place, last = load_places(context, nth_item(i + 1, programs), items, KV_HEADS, SHARED)
         if item < items:
+            if SHARED:  # no register to keep it in
+                row_end = gl.load(tiles + item // KV_HEADS * 8 + 2)
             head = item % KV_HEADS
-            _store(dk * scale, dk_out, head, row_start, row_end, KV_HEADS, D, KEYS, WIDTH, dtype)
-            _store(dv, dv_out, head, row_start, row_end, KV_HEADS, D, KEYS, WIDTH, dtype)
+            store_keys(dk * scale, dk_out, head, row_start, row_end, KV_HEADS, D, KEYS, WIDTH, dtype)
+            store_keys(dv, dv_out, head, row_start, row_end, KV_HEADS, D, KEYS, WIDTH, dtype)
 
 
 @gluon.jit(do_not_specialize=["tokens", "items", "programs", "rounds"])
 def hopper_dkdv_kernel(
-    q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, dk, dv, tiles, factor, scale, tokens, items,
-    programs, rounds,
+    q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, dk, dv, tiles, context, factor, scale, tokens,
+    items, programs, rounds,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, EDGE: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, as dkdv_kernel of packed_attention_backward.py. Queries come in COLS tokens, in edges EDGE."""
     WIDTH: gl.constexpr = k.block_type.shape[2]
@@ -286,16 +295,16 @@ def hopper_dkdv_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                gl.constexpr(0), k, q_edge, lse_edge, dk, dv, tiles, factor, scale, items, programs, rounds, memory,
-                GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW,
+                gl.constexpr(0), k, q_edge, lse_edge, dk, dv, tiles, context, factor, scale, items, programs, rounds,
+                memory, GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW, SHARED,
             )),
             (_consume, (
-                gl.constexpr(1), k, q_edge, lse_edge, dk, dv, tiles, factor, scale, items, programs, rounds, memory,
-                GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW,
+                gl.constexpr(1), k, q_edge, lse_edge, dk, dv, tiles, context, factor, scale, items, programs, rounds,
+                memory, GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW, SHARED,
             )),
             (_produce, (
-                q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, tiles, tokens, items, programs,
-                rounds, memory, GROUP, KV_HEADS, COLS, EDGE, STAGES,
+                q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, tiles, context, tokens, items,
+                programs, rounds, memory, GROUP, KV_HEADS, COLS, EDGE, STAGES, SHARED,
             )),
         ],
         [4, 1],
@@ -318,6 +327,8 @@ def packed_attention_hopper_backward(
     scale: float,
     gluon_dq: bool,
     gluon_dkdv: bool,
+    dq_context: Tensor | None = None,
+    dkdv_context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the kernel of packed_attention_hopper_dq.py and the one above, each or Triton's: dq, dk, dv.
 
@@ -325,13 +336,13 @@ def packed_attention_hopper_backward(
     """
 
     def first(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        return dq(dout, q, k, v, out, lse, dq_tiles, causal, window, scale)
+        return dq(dout, q, k, v, out, lse, dq_tiles, causal, window, scale, dq_context)
 
     def second(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        return dkdv(dout, q, k, v, lse, delta, dkdv_tiles, causal, window, scale)
+        return dkdv(dout, q, k, v, lse, delta, dkdv_tiles, causal, window, scale, dkdv_context)
 
     return packed_attention_backward(
-        dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, softcap, scale,
+        dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, softcap, scale, dq_context, dkdv_context,
         other_dq=first if gluon_dq else None, other_dkdv=second if gluon_dkdv else None,
     )  # fmt: skip
 
@@ -341,7 +352,7 @@ STAGES = {64: 4, 128: 3}  # by padded head dimension
 
 def dkdv(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tensor,
-    causal: bool, window: int, scale: float,
+    causal: bool, window: int, scale: float, context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel: dk, dv. `tiles` are those of `hopper_tile_sizes`; delta comes from the dQ kernel."""
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
@@ -357,10 +368,11 @@ def dkdv(
     programs = min(items, multiprocessors(q.device))  # an argument costs no register, gl.num_programs does
     hopper_dkdv_kernel[(programs,)](
         *queries, *(described(x, [HOPPER_KEYS // 2, 1, width]) for x in (k, v)),
-        dk, dv, tiles, _factors(0.0, scale)[0], scale, tokens, items, programs, triton.cdiv(items, programs),
+        dk, dv, tiles, context, _factors(0.0, scale)[0], scale, tokens, items, programs,
+        triton.cdiv(items, programs),
         GROUP=group, KV_HEADS=kv_heads, D=d, COLS=cols, EDGE=cols // 2, STAGES=STAGES[width], CAUSAL=causal,
-        WINDOW=window, CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
-        maxnreg=REGISTERS,
+        WINDOW=window, SHARED=context is not None, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return dk, dv
 
@@ -374,14 +386,18 @@ def workloads() -> list[Workload]:
         ("D 64", 32, 8, 64, True, 0),
         ("D 128, window", 32, 8, 128, True, 512),
         ("D 128, both directions, window", 32, 32, 128, False, 512),
+        ("D 128, shared prompts", 32, 8, 128, True, 0),
+        ("D 128, shared prompts, window", 32, 8, 128, True, 512),
+        ("D 64, shared prompts, window", 32, 8, 64, True, 512),
     ):
         q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
         numbers = meta(kv_heads, tokens * (q_heads // kv_heads), dtype=torch.float32)
         tiles = meta(16 * 512 // HOPPER_KEYS, 8, dtype=torch.int32)
         arguments = (q, q, kv, kv, numbers, numbers, tiles, causal, window, d**-0.5)
+        context = meta(4096, dtype=torch.int32) if "shared" in name else None
         listed.append(
             Workload(
-                f"packed_attention: Gluon dK/dV {name}, {q_heads}/{kv_heads} heads", partial(dkdv, *arguments),
+                f"packed_attention: Gluon dK/dV {name}, {q_heads}/{kv_heads} heads", partial(dkdv, *arguments, context),
                 2 * tokens * d * (2 * q_heads + 4 * kv_heads), 8 * d * q_heads * tokens * (470 if causal else 940),
                 kernel, (90,), kernel,
             )

@@ -44,9 +44,13 @@ from .attention_hopper_common import (
     edge_columns,
     fetch,
     load_item,
+    load_places,
+    load_range,
     nth_item,
     part,
+    range_bounds,
     row_layout,
+    start_product,
     store_queries,
     visible,
 )
@@ -60,8 +64,9 @@ Q_STAGES, K_STAGES, V_STAGES = 2, 3, 2
 
 @gluon.jit
 def _produce(
-    q, dout, out, k, v, tiles, items, programs, rounds, memory,
+    q, dout, out, k, v, tiles, context, items, programs, rounds, memory,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     """The producer: every copy, in the order in which the consumers want them."""
     q_slots, o_slots, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
@@ -73,19 +78,21 @@ def _produce(
     BYTES: gl.constexpr = BLOCK * WIDTH * 2
     q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0
     row = load_item(tiles, nth_item(0, programs), items, KV_HEADS)
+    place, last = load_places(context, nth_item(0, programs), items, KV_HEADS, SHARED)
     for i in range(rounds):
         item = nth_item(i, programs)
         row_start, _row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK)
         row = load_item(tiles, nth_item(i + 1, programs), items, KV_HEADS)
+        next_place, next_last = load_places(context, nth_item(i + 1, programs), items, KV_HEADS, SHARED)
         head = item % KV_HEADS
         if (item < items) & (col_start < col_end):
             for w in gl.static_range(2):
-                place = w * Q_STAGES + q_slot
+                both = w * Q_STAGES + q_slot
                 at = [row_start + w * TOKENS, head * GROUP, 0]
-                mbarrier.wait(q_free.index(place), q_phase ^ 1)
-                mbarrier.expect(q_ready.index(place), 2 * Q_BYTES)
-                tma.async_copy_global_to_shared(q, at, q_ready.index(place), q_slots.index(place))
-                tma.async_copy_global_to_shared(dout, at, q_ready.index(place), o_slots.index(place))
+                mbarrier.wait(q_free.index(both), q_phase ^ 1)
+                mbarrier.expect(q_ready.index(both), 2 * Q_BYTES)
+                tma.async_copy_global_to_shared(q, at, q_ready.index(both), q_slots.index(both))
+                tma.async_copy_global_to_shared(dout, at, q_ready.index(both), o_slots.index(both))
             q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
             fetch(
                 out, [row_start, head * GROUP, 0], part(k_ring.index(k_slot), out, TOKENS, WIDTH, PADDED),
@@ -97,16 +104,22 @@ def _produce(
             )  # fmt: skip
             k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
             v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-            edges = edge_blocks(col_start, full_start, full_end, col_end, BLOCK)
-            for b in range(edges + (full_end - full_start) // BLOCK):
-                col, _limit = edge_columns(b, col_start, full_start, full_end, col_end, BLOCK)
-                if b >= edges:
-                    col = full_start + (b - edges) * BLOCK
-                at = [col, head, 0]
-                fetch(k, at, k_ring.index(k_slot), k_ready.index(k_slot), k_free.index(k_slot), k_phase, BYTES)
-                fetch(v, at, v_ring.index(v_slot), v_ready.index(v_slot), v_free.index(v_slot), v_phase, BYTES)
-                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+            for at_range in range(place, last, 5):
+                if SHARED:
+                    following = load_range(context, at_range, last)
+                edges = edge_blocks(col_start, full_start, full_end, col_end, BLOCK)
+                for b in range(edges + (full_end - full_start) // BLOCK):
+                    col, _limit = edge_columns(b, col_start, full_start, full_end, col_end, BLOCK)
+                    if b >= edges:
+                        col = full_start + (b - edges) * BLOCK
+                    at = [col, head, 0]
+                    fetch(k, at, k_ring.index(k_slot), k_ready.index(k_slot), k_free.index(k_slot), k_phase, BYTES)
+                    fetch(v, at, v_ring.index(v_slot), v_ready.index(v_slot), v_free.index(v_slot), v_phase, BYTES)
+                    k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+                    v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+                if SHARED:
+                    col_start, full_start, full_end, col_end, _gap = range_bounds(following, BLOCK)
+        place, last = next_place, next_last
 
 
 @gluon.jit
@@ -118,17 +131,10 @@ def _row_sums(a_tile, b_tile, ROWS: gl.constexpr, WIDTH: gl.constexpr, ROW: gl.c
 
 
 @gluon.jit
-def _start_product(a_tile, b_tile, ROWS: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
-    """a b^T."""
-    zeros = gl.zeros([ROWS, BLOCK], gl.float32, LAYOUT)
-    return warpgroup_mma(a_tile, b_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _consume(
-    W: gl.constexpr, q, k, out, lse, dq, delta, tiles, factor, scale, tokens, items, programs, rounds, stride_qt,
-    memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    W: gl.constexpr, q, k, out, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs, rounds,
+    stride_qt, memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """A consumer: rows 64 W to 64 W + 63 of every tile."""
     q_slots, o_slots, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
@@ -145,6 +151,7 @@ def _consume(
 
     q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0
     row = load_item(tiles, nth_item(0, programs), items, KV_HEADS)
+    place, last = load_places(context, nth_item(0, programs), items, KV_HEADS, SHARED)
     for i in range(rounds):
         item = nth_item(i, programs)
         row_start, row_end, col_start, full_start, full_end, col_end = bounds(row, BLOCK)
@@ -154,12 +161,12 @@ def _consume(
         query = row_start + packed // PADDED
         # Rows past the tile, and those of no head: they read and write nothing.
         own = (query < row_end) & (packed % PADDED < GROUP) & (item < items)
-        place = packed // PADDED * GROUP + packed % PADDED
+        local = packed // PADDED * GROUP + packed % PADDED
         first = (gl.cast(head, gl.int64) * tokens + row_start) * GROUP
         acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
         sums = gl.zeros([ROWS], gl.float32, ROW)
         if (item < items) & (col_start < col_end):
-            high = gl.load(lse + first + place, mask=own, other=0.0)
+            high = gl.load(lse + first + local, mask=own, other=0.0)
             at = W * Q_STAGES + q_slot
             q_tile = q_slots.index(at).reshape([ROWS, WIDTH])
             o_tile = o_slots.index(at).reshape([ROWS, WIDTH])
@@ -173,91 +180,97 @@ def _consume(
             k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
             v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
 
-            for e in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK)):
-                col, limit = edge_columns(e, col_start, full_start, full_end, col_end, BLOCK)
-                mbarrier.wait(k_ready.index(k_slot), k_phase)
-                mbarrier.wait(v_ready.index(v_slot), v_phase)
-                # Keys after the last row of this consumer are seen by none.
-                if (not CAUSAL) or col < row_start + TOKENS:
-                    k_tile = k_ring.index(k_slot).reshape([BLOCK, WIDTH])
-                    if col + BLOCK > limit:
-                        clear_rows(k_tile, limit - col, BLOCK, WIDTH)
-                    s = _start_product(q_tile, k_tile, ROWS, BLOCK, LOGITS)
-                    dp = _start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
+            gap = 0
+            for at_range in range(place, last, 5):
+                if SHARED:
+                    following_range = load_range(context, at_range, last)
+                for e in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK)):
+                    col, limit = edge_columns(e, col_start, full_start, full_end, col_end, BLOCK)
+                    mbarrier.wait(k_ready.index(k_slot), k_phase)
+                    mbarrier.wait(v_ready.index(v_slot), v_phase)
+                    # Keys after the last row of this consumer are seen by none.
+                    if (not CAUSAL) or col + gap < row_start + TOKENS:
+                        k_tile = k_ring.index(k_slot).reshape([BLOCK, WIDTH])
+                        if col + BLOCK > limit:
+                            clear_rows(k_tile, limit - col, BLOCK, WIDTH)
+                        s = start_product(q_tile, k_tile, ROWS, BLOCK, LOGITS)
+                        dp = start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
+                        s = warpgroup_mma_wait(1, deps=(s,))
+                        p = gl.exp2(s * factor - high[:, None])
+                        # Always done: ptxas takes a wait for products up past the exponentials, but not past a branch.
+                        mbarrier.wait(q_ready.index(at), q_phase)
+                        dp = warpgroup_mma_wait(0, deps=(dp,))
+                        key = col + gl.arange(0, BLOCK, gl.SliceLayout(0, LOGITS))
+                        seen = visible(query[:, None] - gap, key[None, :], limit, WINDOW, CAUSAL, WINDOW > 0)
+                        # Not P alone: of keys past the edge dP may be NaN.
+                        ds = gl.where(seen, p * (dp - sums[:, None]), 0.0)
+                        if WINDOW == 1:
+                            # A query that sees its own key alone has probability 1 whatever the logit: no rounding may
+                            # pass for a gradient.
+                            ds *= 0.0
+                        ds_operand = gl.convert_layout(ds.to(dtype), OPERAND, assert_trivial=True)
+                        acc = warpgroup_mma(ds_operand, k_tile, acc, is_async=True)
+                        acc, ds_operand = warpgroup_mma_wait(0, deps=(acc, ds_operand))
+                    mbarrier.arrive(v_free.index(v_slot))
+                    mbarrier.arrive(k_free.index(k_slot))
+                    k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+                    v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+
+                if full_start < full_end:
+                    mbarrier.wait(k_ready.index(k_slot), k_phase)
+                    s = start_product(q_tile, k_ring.index(k_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
+                    mbarrier.wait(v_ready.index(v_slot), v_phase)
+                    dp = start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     p = gl.exp2(s * factor - high[:, None])
-                    # Always done: ptxas takes a wait for products up past the exponentials, but not past a branch.
-                    mbarrier.wait(q_ready.index(at), q_phase)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
-                    key = col + gl.arange(0, BLOCK, gl.SliceLayout(0, LOGITS))
-                    seen = visible(query[:, None], key[None, :], limit, WINDOW, CAUSAL, WINDOW > 0)
-                    # Not P alone: of keys past the edge dP may be NaN.
-                    ds = gl.where(seen, p * (dp - sums[:, None]), 0.0)
-                    if WINDOW == 1:
-                        # A query that sees its own key alone has probability 1 whatever the logit: no rounding may
-                        # pass for a gradient.
-                        ds *= 0.0
-                    ds_operand = gl.convert_layout(ds.to(dtype), OPERAND, assert_trivial=True)
-                    acc = warpgroup_mma(ds_operand, k_tile, acc, is_async=True)
-                    acc, ds_operand = warpgroup_mma_wait(0, deps=(acc, ds_operand))
-                mbarrier.arrive(v_free.index(v_slot))
-                mbarrier.arrive(k_free.index(k_slot))
-                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-
-            if full_start < full_end:
-                mbarrier.wait(k_ready.index(k_slot), k_phase)
-                s = _start_product(q_tile, k_ring.index(k_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
-                mbarrier.wait(v_ready.index(v_slot), v_phase)
-                dp = _start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                p = gl.exp2(s * factor - high[:, None])
-                dp = warpgroup_mma_wait(0, deps=(dp,))
-                mbarrier.arrive(v_free.index(v_slot))
-                ds = p * (dp - sums[:, None])
-                ds_operand = gl.convert_layout(ds.to(dtype), OPERAND, assert_trivial=True)
-                for col in range(full_start + BLOCK, full_end, BLOCK):  # noqa: B007
-                    next_slot, next_phase = advance(k_slot, k_phase, K_STAGES)
-                    v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-                    mbarrier.wait(k_ready.index(next_slot), next_phase)
-                    s = _start_product(q_tile, k_ring.index(next_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
-                    mbarrier.wait(v_ready.index(v_slot), v_phase)
-                    dp = _start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
-                    acc = warpgroup_mma(ds_operand, k_ring.index(k_slot).reshape([BLOCK, WIDTH]), acc, is_async=True)
-                    s = warpgroup_mma_wait(2, deps=(s,))
-                    p = gl.exp2(s * factor - high[:, None])
-                    mbarrier.wait(q_ready.index(at), q_phase)  # as above
-                    dp = warpgroup_mma_wait(1, deps=(dp,))
                     mbarrier.arrive(v_free.index(v_slot))
-                    following = (p * (dp - sums[:, None])).to(dtype)
-                    mbarrier.wait(q_ready.index(at), q_phase)
+                    ds = p * (dp - sums[:, None])
+                    ds_operand = gl.convert_layout(ds.to(dtype), OPERAND, assert_trivial=True)
+                    for col in range(full_start + BLOCK, full_end, BLOCK):  # noqa: B007
+                        next_slot, next_phase = advance(k_slot, k_phase, K_STAGES)
+                        v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+                        mbarrier.wait(k_ready.index(next_slot), next_phase)
+                        s = start_product(q_tile, k_ring.index(next_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
+                        mbarrier.wait(v_ready.index(v_slot), v_phase)
+                        dp = start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
+                        k_tile = k_ring.index(k_slot).reshape([BLOCK, WIDTH])
+                        acc = warpgroup_mma(ds_operand, k_tile, acc, is_async=True)
+                        s = warpgroup_mma_wait(2, deps=(s,))
+                        p = gl.exp2(s * factor - high[:, None])
+                        mbarrier.wait(q_ready.index(at), q_phase)  # as above
+                        dp = warpgroup_mma_wait(1, deps=(dp,))
+                        mbarrier.arrive(v_free.index(v_slot))
+                        following = (p * (dp - sums[:, None])).to(dtype)
+                        mbarrier.wait(q_ready.index(at), q_phase)
+                        acc, ds_operand = warpgroup_mma_wait(0, deps=(acc, ds_operand))
+                        mbarrier.arrive(k_free.index(k_slot))
+                        ds_operand = gl.convert_layout(following, OPERAND, assert_trivial=True)
+                        k_slot = next_slot
+                        k_phase = next_phase
+                    acc = warpgroup_mma(ds_operand, k_ring.index(k_slot).reshape([BLOCK, WIDTH]), acc, is_async=True)
                     acc, ds_operand = warpgroup_mma_wait(0, deps=(acc, ds_operand))
                     mbarrier.arrive(k_free.index(k_slot))
-                    ds_operand = gl.convert_layout(following, OPERAND, assert_trivial=True)
-                    k_slot = next_slot
-                    k_phase = next_phase
-                acc = warpgroup_mma(ds_operand, k_ring.index(k_slot).reshape([BLOCK, WIDTH]), acc, is_async=True)
-                mbarrier.arrive(q_free.index(at))
-                acc, ds_operand = warpgroup_mma_wait(0, deps=(acc, ds_operand))
-                mbarrier.arrive(k_free.index(k_slot))
-                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-            else:
-                mbarrier.arrive(q_free.index(at))
+                    k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+                    v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+                if SHARED:
+                    col_start, full_start, full_end, col_end, gap = range_bounds(following_range, BLOCK)
+            mbarrier.arrive(q_free.index(at))
             q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
         row = load_item(tiles, nth_item(i + 1, programs), items, KV_HEADS)
+        place, last = load_places(context, nth_item(i + 1, programs), items, KV_HEADS, SHARED)
         # Rows of no document get zeros: the next kernel multiplies with their delta.
-        gl.store(delta + first + place, sums, mask=own)
+        gl.store(delta + first + local, sums, mask=own)
         if item < items:
             store_queries(acc * scale, dq, head, row_start, row_end, stride_qt, D, GROUP, PADDED, D, ROWS, WIDTH, dtype)
 
 
 @gluon.jit(do_not_specialize=["tokens", "items", "programs", "rounds"])
 def hopper_dq_kernel(
-    q, dout, out, k, v, lse, dq, delta, tiles, factor, scale, tokens, items, programs, rounds, stride_qt,
+    q, dout, out, k, v, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs, rounds, stride_qt,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dQ, and delta for the dK/dV kernel, as dq_kernel of packed_attention_backward.py. dq is contiguous."""
     Q_SHAPE: gl.constexpr = q.block_type.shape
@@ -274,16 +287,16 @@ def hopper_dq_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                gl.constexpr(0), q, k, out, lse, dq, delta, tiles, factor, scale, tokens, items, programs, rounds,
-                stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW,
+                gl.constexpr(0), q, k, out, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs,
+                rounds, stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW, SHARED,
             )),
             (_consume, (
-                gl.constexpr(1), q, k, out, lse, dq, delta, tiles, factor, scale, tokens, items, programs, rounds,
-                stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW,
+                gl.constexpr(1), q, k, out, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs,
+                rounds, stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW, SHARED,
             )),
             (_produce, (
-                q, dout, out, k, v, tiles, items, programs, rounds, memory, GROUP, KV_HEADS, Q_STAGES, K_STAGES,
-                V_STAGES,
+                q, dout, out, k, v, tiles, context, items, programs, rounds, memory, GROUP, KV_HEADS, Q_STAGES,
+                K_STAGES, V_STAGES, SHARED,
             )),
         ],
         [4, 1],
@@ -293,7 +306,7 @@ def hopper_dq_kernel(
 
 def dq(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, causal: bool, window: int,
-    scale: float,
+    scale: float, context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel: dq, and delta for that of dK and dV. `tiles` are those of `hopper_tile_sizes`."""
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -307,11 +320,11 @@ def dq(
     hopper_dq_kernel[(programs,)](
         *(described(x, [HOPPER_ROWS // 2 // padded, padded, width]) for x in (q, dout, out)),
         *(described(x, [HOPPER_DQ_KEYS, 1, width]) for x in (k, v)),
-        lse, result, delta, tiles, _factors(0.0, scale)[0], scale, tokens, items, programs,
+        lse, result, delta, tiles, context, _factors(0.0, scale)[0], scale, tokens, items, programs,
         triton.cdiv(items, programs), result.stride(0),
         GROUP=group, KV_HEADS=kv_heads, D=d, Q_STAGES=Q_STAGES, K_STAGES=K_STAGES, V_STAGES=V_STAGES, CAUSAL=causal,
-        WINDOW=window, CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
-        maxnreg=REGISTERS,
+        WINDOW=window, SHARED=context is not None, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return result, delta
 
@@ -321,6 +334,8 @@ def workloads() -> list[Workload]:
     listed = []
     tokens, kernel = 8192, ("hopper_dq_kernel",)
     for name, q_heads, kv_heads, d, causal, window in (
+        ("D 128, shared prompts", 32, 8, 128, True, 0),
+        ("D 64, shared prompts, window", 32, 8, 64, True, 512),
         ("D 128", 32, 8, 128, True, 0),
         ("D 64", 32, 8, 64, True, 0),
         ("D 96", 32, 8, 96, True, 0),
@@ -332,10 +347,11 @@ def workloads() -> list[Workload]:
         group = q_heads // kv_heads
         lse = meta(1, kv_heads, tokens * group, dtype=torch.float32)
         tiles = meta(16 * math.ceil(512 / (HOPPER_ROWS // padded_group(group))), 8, dtype=torch.int32)
+        context = meta(4096, dtype=torch.int32) if "shared" in name else None
         listed.append(
             Workload(
                 f"packed_attention: Gluon dQ {name}, {q_heads}/{kv_heads} heads",
-                partial(dq, q, q, kv, kv, q, lse, tiles, causal, window, d**-0.5),
+                partial(dq, q, q, kv, kv, q, lse, tiles, causal, window, d**-0.5, context),
                 2 * tokens * d * (4 * q_heads + 2 * kv_heads), 6 * d * q_heads * tokens * (470 if causal else 940),
                 kernel, (90,), kernel,
             )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from forge_core.kernels import PackPlan, library, reference
-from forge_core.kernels.gpu.attention_tiles import plan_lists
 from tests.gpu import gluon_simulator as simulator
 
 if not library.TRITON_INSTALLED:
@@ -25,6 +24,7 @@ from forge_core.kernels.gpu import packed_attention_hopper_backward as backward
 
 BOUNDS = [0, 37, 37, 38, 111, 126]
 TOKENS, D = 133, 16  # a tail of 7 rows
+TREE = [-1, 0, 0, 0, 3]  # documents that continue others
 ROWS, BLOCK_N, EDGE_N = 16, 16, 8
 
 
@@ -38,33 +38,53 @@ def _inputs(q_heads: int, kv_heads: int, d: int = D) -> tuple[Tensor, Tensor, Te
 
 def _run(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int = 0, softcap: float = 0.0, *, programs: int = 2,
-    stages: int = 2, seed: int = 0, pingpong: bool = False, width: int = D,
+    stages: int = 2, seed: int = 0, pingpong: bool = False, width: int = D, parents: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     padded = hopper.padded_group(group)
-    plan = PackPlan(np.array(BOUNDS, np.int32))
-    lists = plan_lists(plan, TOKENS, ((ROWS // padded, EDGE_N), (4, 4)), causal, window or None)
-    tiles = torch.from_numpy(lists[0])
+    tiles, context = _lists((ROWS // padded, EDGE_N), causal, window, False, parents)
     out = torch.full(q.shape, float("nan"), dtype=q.dtype)
     lse = torch.full((kv_heads, TOKENS * group), float("nan"))
     descriptors = [simulator.Descriptor(q, [ROWS // 2 // padded, padded, width])] + [
         simulator.Descriptor(x, [rows, 1, width]) for rows in (BLOCK_N, EDGE_N) for x in (k, v)
     ]
+    items = tiles.shape[0] * kv_heads
     simulator.run(
         hopper, hopper.hopper_forward_kernel, programs, *descriptors, simulator.Pointer(out), simulator.Pointer(lse),
-        simulator.Pointer(tiles), *hopper._factors(softcap, q.shape[2] ** -0.5), window, TOKENS,
-        tiles.shape[0] * kv_heads, out.stride(0), out.stride(1), seed=seed, GROUP=group, KV_HEADS=kv_heads,
+        simulator.Pointer(tiles), context, *hopper._factors(softcap, q.shape[2] ** -0.5), window, TOKENS, items,
+        programs, -(-items // programs), out.stride(0), out.stride(1), seed=seed, GROUP=group, KV_HEADS=kv_heads,
         D=q.shape[2], BLOCK_N=BLOCK_N, EDGE_N=EDGE_N, STAGES=stages, Q_STAGES=max(1, stages - 1), CAUSAL=causal,
-        WINDOWED=window > 0, SOFTCAP=softcap > 0, PINGPONG=pingpong, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
+        WINDOWED=window > 0, SOFTCAP=softcap > 0, SHARED=context is not None, PINGPONG=pingpong, CONSUMER_REGISTERS=0,
+        PRODUCER_REGISTERS=0,
     )  # fmt: skip
     return out, lse
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, window: int, softcap: float) -> None:
-    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
-    expected = reference.packed_attention(
-        *(x.double() for x in (q, k, v)), cu_seqlens, causal, window or None, softcap or None, q.shape[2] ** -0.5
+def _lists(
+    tile: tuple[int, int], causal: bool, window: int, backward: bool, parents: list[int] | None
+) -> tuple[Tensor, simulator.Pointer | None]:
+    """Tiles, and with parents their context."""
+    plan = PackPlan(np.array(BOUNDS, np.int32), parents=np.array(parents, np.int32) if parents else None)
+    tiles, context = plan.tiles_and_context(
+        *tile, backward=backward, causal=causal, window=window or None, tokens=TOKENS
     )
+    return torch.from_numpy(tiles), simulator.Pointer(torch.from_numpy(context)) if context is not None else None
+
+
+def _expected(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, softcap: float = 0.0, parents: list[int] | None = None
+) -> Tensor:
+    return reference.packed_attention(
+        q, k, v, torch.tensor(BOUNDS, dtype=torch.int32), causal, window or None, softcap or None, q.shape[2] ** -0.5,
+        torch.tensor(parents, dtype=torch.int32) if parents else None,
+    )  # fmt: skip
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, window: int, softcap: float,
+    parents: list[int] | None = None,
+) -> None:  # fmt: skip
+    expected = _expected(*(x.double() for x in (q, k, v)), causal, window, softcap, parents)
     # P is rounded to bfloat16 before it meets the values, and so is the result.
     torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.01)
 
@@ -87,6 +107,17 @@ def test_values_and_order(heads: tuple[int, int], causal: bool, window: int, sof
         stages, programs = 1 + seed, (2, 1, 5)[seed]
         out, _ = _run(q, k, v, causal, window, softcap, programs=programs, stages=stages, seed=seed, pingpong=pingpong)
         _check(q, k, v, out, causal, window, softcap)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 2.0), (50, 0.0), (1, 0.0)])
+def test_documents_that_continue_others(window: int, softcap: float) -> None:
+    q, k, v = _inputs(4, 2)
+    for seed in range(3):
+        out, _ = _run(
+            q, k, v, True, window, softcap, programs=(2, 1, 5)[seed], stages=1 + seed, seed=seed,
+            pingpong=bool(seed % 2), parents=TREE,
+        )  # fmt: skip
+        _check(q, k, v, out, True, window, softcap, TREE)
 
 
 def test_head_dimensions_below_the_block() -> None:
@@ -116,39 +147,39 @@ def test_lse_is_what_the_backward_pass_reads() -> None:
 
 
 def _gradients(
-    heads: tuple[int, int], causal: bool, window: int, *, programs: int = 2, stages: int = 2, seed: int = 0
-) -> None:
+    heads: tuple[int, int], causal: bool, window: int, *, programs: int = 2, stages: int = 2, seed: int = 0,
+    parents: list[int] | None = None,
+) -> None:  # fmt: skip
     """dK and dV against autograd through the reference; lse, out and delta as the kernels before leave them."""
-    q, k, v = (x.detach().requires_grad_() for x in _inputs(*heads))
-    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
-    double = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out = reference.packed_attention(*double, cu_seqlens, causal, window or None, None, D**-0.5)
+    q, k, v = _inputs(*heads)
+    double = [x.double().requires_grad_() for x in (q, k, v)]
+    out = _expected(*double, causal, window, parents=parents)
     dout = torch.randn(TOKENS, heads[0], D).bfloat16()
     expected = torch.autograd.grad(out, double[1:], dout.double())
     group, kv_heads = heads[0] // heads[1], heads[1]
     delta = (dout.double() * out.detach()).sum(-1).view(TOKENS, kv_heads, group).transpose(0, 1).float()
     dout[BOUNDS[-1] :] = torch.nan
-    _, lse = _run(q.detach(), k.detach(), v.detach(), causal, window)
+    _, lse = _run(q, k, v, causal, window, parents=parents)
 
     cols = BLOCK_N // group
-    lists = plan_lists(PackPlan(cu_seqlens.numpy()), TOKENS, ((4, 4), (ROWS, cols // 2)), causal, window or None)
-    tiles = torch.from_numpy(lists[1])
+    tiles, context = _lists((ROWS, cols // 2), causal, window, True, parents)
     dk, dv = (torch.full(x.shape, float("nan"), dtype=x.dtype) for x in (k, v))
     queries = [
         simulator.Descriptor(x, block)
         for part in (1, 2)
         for x, block in (
-            (q.detach(), [cols // part, group, D]), (dout, [cols // part, group, D]),
+            (q, [cols // part, group, D]), (dout, [cols // part, group, D]),
             (lse.reshape(-1), [BLOCK_N // part]), (delta.reshape(-1), [BLOCK_N // part]),
         )
     ]  # fmt: skip
     items = tiles.shape[0] * kv_heads
     simulator.run(
         backward, backward.hopper_dkdv_kernel, programs, *queries,
-        *(simulator.Descriptor(x.detach(), [ROWS // 2, 1, D]) for x in (k, v)), simulator.Pointer(dk),
-        simulator.Pointer(dv), simulator.Pointer(tiles), D**-0.5 * math.log2(math.e), D**-0.5, TOKENS, items, programs,
-        -(-items // programs), seed=seed, GROUP=group, KV_HEADS=kv_heads, D=D, COLS=cols, EDGE=cols // 2,
-        STAGES=stages, CAUSAL=causal, WINDOW=window, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
+        *(simulator.Descriptor(x, [ROWS // 2, 1, D]) for x in (k, v)), simulator.Pointer(dk),
+        simulator.Pointer(dv), simulator.Pointer(tiles), context, D**-0.5 * math.log2(math.e), D**-0.5, TOKENS, items,
+        programs, -(-items // programs), seed=seed, GROUP=group, KV_HEADS=kv_heads, D=D, COLS=cols, EDGE=cols // 2,
+        STAGES=stages, CAUSAL=causal, WINDOW=window, SHARED=context is not None, CONSUMER_REGISTERS=0,
+        PRODUCER_REGISTERS=0,
     )  # fmt: skip
     for actual, wanted in zip((dk, dv), expected, strict=True):
         # P and dS are rounded to bfloat16 before they meet dout and q.
@@ -162,6 +193,12 @@ def _gradients(
 def test_gradients_of_keys_and_values(heads: tuple[int, int], causal: bool, window: int) -> None:
     for seed in range(3):
         _gradients(heads, causal, window, programs=(2, 1, 5)[seed], stages=1 + seed, seed=seed)
+
+
+@pytest.mark.parametrize("window", [0, 9, 50, 1])
+def test_gradients_of_documents_that_continue_others(window: int) -> None:
+    for seed in range(3):
+        _gradients((4, 2), True, window, programs=(2, 1, 5)[seed], stages=1 + seed, seed=seed, parents=TREE)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forge_core.kernels import PackPlan, library, reference
-from forge_core.kernels.gpu.attention_tiles import plan_lists
+from forge_core.kernels import library
 from tests.gpu import gluon_simulator as simulator
 
 if not library.TRITON_INSTALLED:
@@ -21,29 +20,27 @@ if not library.TRITON_INSTALLED:
 
 from forge_core.kernels.gpu import attention_hopper_common as common
 from forge_core.kernels.gpu import packed_attention_hopper_dq as kernel
-from tests.gpu.test_packed_attention_hopper import BOUNDS, TOKENS, D, _inputs, _run
+from tests.gpu.test_packed_attention_hopper import BOUNDS, TOKENS, TREE, D, _expected, _inputs, _lists, _run
 
 ROWS, BLOCK = 16, 8
 
 
 def _dq(
     heads: tuple[int, int], causal: bool = True, window: int = 0, d: int = D, *, programs: int = 2, stages: int = 2,
-    seed: int = 0,
+    seed: int = 0, parents: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dQ and delta against autograd through the reference; out and lse as the forward kernel leaves them."""
     q, k, v = _inputs(*heads, d)
-    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
     double = [x.double().requires_grad_() for x in (q, k, v)]
-    reference_out = reference.packed_attention(*double, cu_seqlens, causal, window or None, None, d**-0.5)
+    reference_out = _expected(*double, causal, window, parents=parents)
     dout = torch.randn(TOKENS, heads[0], d).bfloat16()
     (expected,) = torch.autograd.grad(reference_out, double[:1], dout.double())
     dout[BOUNDS[-1] :] = torch.nan
-    out, lse = _run(q, k, v, causal, window)
+    out, lse = _run(q, k, v, causal, window, parents=parents)
 
     group, kv_heads = heads[0] // heads[1], heads[1]
     padded = kernel.padded_group(group)
-    lists = plan_lists(PackPlan(cu_seqlens.numpy()), TOKENS, ((ROWS // padded, BLOCK), (4, 4)), causal, window or None)
-    tiles = torch.from_numpy(lists[0])
+    tiles, context = _lists((ROWS // padded, BLOCK), causal, window, False, parents)
     dq = torch.full(q.shape, float("nan"), dtype=q.dtype)
     delta = torch.full(lse.shape, float("nan"))
     items = tiles.shape[0] * kv_heads
@@ -51,10 +48,10 @@ def _dq(
         kernel, kernel.hopper_dq_kernel, programs,
         *(simulator.Descriptor(x, [ROWS // 2 // padded, padded, D]) for x in (q, dout, out)),
         *(simulator.Descriptor(x, [BLOCK, 1, D]) for x in (k, v)),
-        *(simulator.Pointer(x) for x in (lse, dq, delta, tiles)), d**-0.5 * math.log2(math.e), d**-0.5, TOKENS, items,
-        programs, -(-items // programs), dq.stride(0), seed=seed, GROUP=group, KV_HEADS=kv_heads, D=d,
+        *(simulator.Pointer(x) for x in (lse, dq, delta, tiles)), context, d**-0.5 * math.log2(math.e), d**-0.5, TOKENS,
+        items, programs, -(-items // programs), dq.stride(0), seed=seed, GROUP=group, KV_HEADS=kv_heads, D=d,
         Q_STAGES=max(1, stages - 1), K_STAGES=stages, V_STAGES=max(1, stages - 1), CAUSAL=causal, WINDOW=window,
-        CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
+        SHARED=context is not None, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
     )  # fmt: skip
     # P and dS are rounded to bfloat16 before they meet the keys, and out and the result too.
     torch.testing.assert_close(dq.double(), expected, atol=0.06, rtol=0.02)
@@ -79,6 +76,12 @@ def test_values_and_order(heads: tuple[int, int], causal: bool, window: int) -> 
         dq, _ = _dq(heads, causal, window, programs=(2, 1, 5)[seed], stages=2 + seed, seed=seed)
     if window == 1:
         assert (dq == 0).all()
+
+
+@pytest.mark.parametrize("window", [0, 9, 50, 1])
+def test_documents_that_continue_others(window: int) -> None:
+    for seed in range(3):
+        _dq((4, 2), True, window, programs=(2, 1, 5)[seed], stages=2 + seed, seed=seed, parents=TREE)
 
 
 def test_head_dimensions_below_the_block() -> None:

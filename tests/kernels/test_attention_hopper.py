@@ -64,6 +64,23 @@ def test_matches_reference(name: str, case: tuple[int, tuple[int, int], torch.dt
     check_op(attend, lambda q, k, v: attend(q, k, v, "reference"), _inputs(*heads, d, dtype), device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("d", "heads", "options"), [(128, (8, 2), {}), (64, (4, 4), {"window": 300}), (256, (2, 1), {})]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_that_continue_others(
+    name: str, d: int, heads: tuple[int, int], options: dict[str, Any], parents: tuple[int, ...] = (-1, -1, 1, 1, 1, 4)
+) -> None:
+    bounds, tree = (torch.tensor(x, dtype=torch.int32) for x in (BOUNDS, parents))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, name: str = name) -> Tensor:
+        plan = PackPlan(bounds.numpy(), parents=tree.numpy()) if name != "reference" else None
+        of = {"parents": tree.to(q.device), "plan": plan, "backend": name}
+        return packed_attention(q, k, v, bounds.to(q.device), **of, **options)
+
+    check_op(attend, lambda q, k, v: attend(q, k, v, "reference"), _inputs(*heads, d), device="cuda")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_bitwise_with_and_without_a_plan(name: str) -> None:
     inputs = _inputs(8, 2, 128)
@@ -136,7 +153,7 @@ def test_says_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = mock.Mock(shape=(4, 1, 300))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     found = "; ".join(hopper.reasons(AttentionCall(on_gpu, keys, keys, bounds, None, True, None, None, 1.0, bounds)))
-    for part in ("takes bfloat16", "steps of 8 up to 256, got 300", "up to 64 query heads", "share prompts"):
+    for part in ("takes bfloat16", "steps of 8 up to 256, got 300", "up to 64 query heads", "wants plan="):
         assert part in found
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "got 10.0" in hopper.reasons(AttentionCall(on_gpu, keys, keys, bounds, None, True, None, None, 1.0))[0]
@@ -161,13 +178,15 @@ def test_what_the_backward_kernels_take() -> None:
     for d, heads, softcap, expected in (
         (128, (8, 2), None, (True, True)), (64, (64, 2), None, (True, True)), (96, (8, 2), None, (True, False)),
         (128, (7, 1), None, (True, False)), (128, (64, 1), None, (True, False)), (256, (4, 2), None, (False, False)),
-        (128, (8, 2), 20.0, (False, False)),
+        (128, (8, 2), 20.0, (False, False)), (128, (2, 2), None, (True, True)),
     ):  # fmt: skip
         q, k = torch.empty(4, heads[0], d), torch.empty(4, heads[1], d)
-        taken = attention_tiles.hopper_backward_takes(q, k, softcap)
+        taken = attention_tiles.hopper_backward_takes(q, k, softcap, False)
         assert taken == expected, (d, heads, softcap)
         triton = attention_tiles.hopper_tile_sizes(q, k, False, False)
         sizes = attention_tiles.hopper_tile_sizes(q, k, *taken)
+        shared = attention_tiles.hopper_backward_takes(q, k, softcap, True)
+        assert shared == (expected if heads != (2, 2) else (True, False))
         assert sizes[0] == triton[0] and [a != b for a, b in zip(sizes[1:], triton[1:], strict=True)] == list(taken)
 
 
@@ -182,8 +201,8 @@ def test_fakes() -> None:
         backward = torch.ops.forge_triton.packed_attention_hopper_backward
         gradients = backward(q, q, k, k, out, lse, tiles, tiles, True, 0, 0.0, 1.0, True, False)
         leaves = [x.detach().requires_grad_() for x in (q, k, k)]
-        for ways in ((True, True), (False, False)):
+        for ways in ((True, True), (False, False), (True, False, tiles, tiles, tiles)):
             result = op(*leaves, tiles, tiles, tiles, True, 0, 0.0, 1.0, False, *ways)[0]
             gradients = [*gradients, *torch.autograd.grad(result, leaves, result)]
-    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape] * 3
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape] * 4
     assert out.shape == q.shape and lse.shape == (1, 2, 60) and lse.dtype == torch.float32
