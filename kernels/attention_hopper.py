@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .attention_call import AttentionCall
+from .attention_call import AttentionCall, list_reasons
 from .gpu.attention_tiles import HOPPER_ROWS, hopper_backward_takes, hopper_tile_sizes, padded_group, tile_lists
 from .library import register_op
 
@@ -43,9 +43,7 @@ def reasons(call: AttentionCall) -> list[str]:
         found = [*found, f"takes head dimensions in steps of 8 up to 256, got {d}"]
     if padded_group(group) > HOPPER_ROWS // 2:
         found = [*found, f"takes up to {HOPPER_ROWS // 2} query heads to a key/value head, got {group}"]
-    if call.parents is not None and (call.plan is None or torch.compiler.is_compiling()):
-        found = [*found, "wants plan= where there are parents, and takes them outside of torch.compile alone"]
-    return found
+    return found + list_reasons(call)
 
 
 @functools.cache

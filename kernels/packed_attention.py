@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import attention_hopper, reference
-from .attention_call import AttentionCall
+from .attention_call import AttentionCall, list_reasons
 from .attention_peers import PEERS
 from .gpu.attention_tiles import max_group, tile_lists
 from .library import register_op
@@ -184,9 +184,7 @@ def _triton_reasons(call: AttentionCall) -> list[str]:
         reasons.append(
             f"takes up to {max_group(q)} query heads to a key/value head here, got {q.shape[1] // k.shape[1]}"
         )
-    waits = call.parents is not None and call.plan is None and q.is_cuda and not torch.compiler.is_compiling()
-    if waits and torch.cuda.is_current_stream_capturing():
-        reasons.append("wants plan= beside parents= while a CUDA graph is captured: without it, it waits for the GPU")
+    reasons += list_reasons(call)
     if q.shape[0] * q.shape[1] >= 2**31:
         reasons.append(f"takes fewer than 2^31 rows, got {q.shape[0]} tokens of {q.shape[1]} heads")
     return reasons

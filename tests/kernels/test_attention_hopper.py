@@ -152,6 +152,7 @@ def test_says_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = mock.Mock(dtype=torch.float32, shape=(4, 128, 300), device=mock.Mock(type="cuda"))
     keys = mock.Mock(shape=(4, 1, 300))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     found = "; ".join(hopper.reasons(AttentionCall(on_gpu, keys, keys, bounds, None, True, None, None, 1.0, bounds)))
     for part in ("takes bfloat16", "steps of 8 up to 256, got 300", "up to 64 query heads", "wants plan="):
         assert part in found
