@@ -70,8 +70,8 @@ _HALF = {
         Blocks(64, 128, 64, 4, 2),
         Blocks(64, 128, 64, 4, 2),
         Blocks(64, 128, 0, 8, 2),
-        Blocks(32, 128, 0, 8, 2),
-        ("softcap of few heads",),
+        Blocks(32, 128, 0, 8, 2, 255),
+        ("pointers", "few heads, softcap", "few heads, parents"),
     ),
     (100, 128): Kernels(
         Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2, 255)

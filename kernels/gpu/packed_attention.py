@@ -128,7 +128,8 @@ def packed_attention_backward(
         "two-sided window": window > 0 and not causal,
         "parents": dkdv_context is not None,
         "few heads": group < 4,
-        "softcap of few heads": softcap > 0 and group < 4,
+        "few heads, softcap": group < 4 and softcap > 0,
+        "few heads, parents": group < 4 and dkdv_context is not None,
     }
     if configured.dkdv_tight and any(crowded[cause] for cause in configured.tight):
         blocks = configured.dkdv_tight
