@@ -1,6 +1,8 @@
 """Attention inside the documents of a pack, as others do it. q [tokens, heads, d], k and v [tokens, kv_heads, d]."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +65,10 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: i
     """torch's own function for packs (FlashAttention 2)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"window_size": (-1, 0)}  # causal
-    if q.shape[1] != k.shape[1]:
-        options["enable_gqa"] = True  # type: ignore[assignment]
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    # torch 2.11 takes fewer key/value heads as they come, later versions want to be told.
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
     return lambda: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 

@@ -73,10 +73,35 @@ def test_dry_run_names_every_peer_of_the_gpu_suite() -> None:
     assert "Llama-3-8B layer, 7 projections" in text and "8192x4096x128256" in text
 
 
-@pytest.mark.parametrize("arguments", [["--part", "4/3"], ["--part", "x"], ["--wrong"]])
+@pytest.mark.parametrize("arguments", [["--part", "4/3"], ["--part", "x"], ["--only", "x"], ["--wrong"]])
 def test_gpu_script_refuses_wrong_arguments(arguments: list[str]) -> None:
     done = subprocess.run(["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "gpu.sh:" in done.stderr
+
+
+BREAKS_ITS_CONTEXT = """
+import pytest, torch
+
+def test_breaks_it():
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, fail
+
+def test_after_it():
+    assert not torch.cuda.is_initialized()
+"""
+
+
+def test_a_worker_with_a_broken_cuda_context_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_runtest_call\n")
+    (tmp_path / "test_it.py").write_text(BREAKS_ITS_CONTEXT.replace("def test", "@pytest.mark.gpu\ndef test"))
+    options = ["-q", "-m", "gpu", "-n", "1", "--rootdir", str(tmp_path), "-c", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "1 failed, 1 passed" in done.stdout
+    assert "crashed while running" in done.stdout and "test_breaks_it: broke its CUDA context" in done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="reads /proc")
