@@ -27,8 +27,8 @@ def _definition(x: Tensor, weights: list, a: list, b: list, magnitudes: list, bi
     for w, ai, bi, m, bias, s in zip(weights, a, b, magnitudes, biases, SCALINGS, strict=True):
         ai, bi = ai.to(x.dtype).to(wide), bi.to(x.dtype).to(wide)
         adapted = w.to(wide) + s * bi @ ai
-        direction = adapted / adapted.detach().norm(dim=1, keepdim=True)
-        outputs.append((m.to(wide) * (x.to(wide) @ direction.T) + bias.to(wide)).to(x.dtype))
+        y = (x.to(wide) @ adapted.T).to(x.dtype)  # plain torch multiplies and adds to a rounded output, as PEFT does
+        outputs.append((y * (m.to(wide) / adapted.detach().norm(dim=1)) + bias).to(x.dtype))
     return tuple(outputs)
 
 
