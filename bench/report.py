@@ -135,6 +135,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     for item in result["rows"]:
         shape = item["shape"] if item["dtype"] == "bfloat16" else f"{item['shape']} {item['dtype']}"
         notes |= {item["note"]: None} if item["note"] else {}
+        if item.get("chosen"):
+            taken = "; ".join(f"{key}: {way}" for key, way in item["chosen"].items())
+            notes[f"{item['op']} {shape} chose by measurement: {taken}."] = None
         if "failed" in item:
             lines.append(f"| {item['op']} | {shape} | FAILED: {item['failed']} | | | | {', '.join(_peers(item))} |")
             continue

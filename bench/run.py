@@ -1,6 +1,7 @@
 """Runs a suite: tries every candidate, measures its memory, then times all of them interleaved."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -91,11 +92,13 @@ def measure(
     missing: dict[str, str] = {}
     peaks: dict[str, int | None] = {}
     expected: float | None = None
+    chosen: dict[str, str] = {}
+    _taken().clear()
     for name, candidate in candidates.items():
         try:
             value, peaks[name] = try_once(candidate, device)
             if name == "forge":
-                expected = value
+                expected, chosen = value, dict(_taken())
             elif value is not None and expected is not None and not math.isclose(value, expected, rel_tol=_AGREE):
                 raise ValueError(f"computes something else: {value:.4f}, forge {expected:.4f}")
             ready[name] = candidate
@@ -105,7 +108,12 @@ def measure(
         return report.failed_row(workload, missing.pop("forge", "no candidate is called forge"), missing)
     load = OtherLoad()
     timings = timing.interleaved(ready, seconds=seconds)
-    return report.row(workload, timings, missing, peaks, roofline, load.cores())
+    return report.row(workload, timings, missing, peaks, roofline, load.cores()) | {"chosen": chosen}
+
+
+def _taken() -> dict[str, str]:
+    tuning = sys.modules.get("forge_core.kernels.gpu.tuning")  # loaded by the first op that chooses, on a GPU
+    return tuning.taken if tuning else {}
 
 
 def try_once(candidate: Candidate, device: str) -> tuple[float | None, int | None]:

@@ -1,4 +1,4 @@
-"""packed_attention by the Gluon kernels for Hopper, and the choice between them and Triton's by measurement.
+"""packed_attention by the Gluon kernels for Hopper.
 
 What the Gluon kernels of the backward pass do not take is Triton's: they agree on what lies between them, `lse` in
 base 2 and delta.
@@ -7,15 +7,14 @@ base 2 and delta.
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import library
 from .attention_call import AttentionCall, list_reasons
-from .gpu.attention_tiles import HOPPER_ROWS, hopper_backward_takes, hopper_tile_sizes, padded_group, tile_lists
+from .gpu.attention_blocks import HOPPER_ROWS, hopper_backward_takes, hopper_tile_sizes, padded_group
+from .gpu.attention_tiles import tile_lists
 from .library import register_op
 
 # backend -> whether the two warpgroups of the forward kernel take turns, whether dQ is Gluon's, and whether dK and dV.
@@ -70,49 +69,6 @@ def run(ways: tuple[bool, bool, bool], call: AttentionCall) -> Tensor:
     lists, context, options = tiles[:3], tiles[3:], (causal, window or 0, softcap or 0.0, scale)
     op = torch.ops.forge_triton.packed_attention_hopper
     return op(q, k, v, *lists, *options, pingpong, dq, dkdv, *context)[0]
-
-
-def fastest(ways: dict[str, Callable[[AttentionCall], Tensor]], call: AttentionCall) -> str:
-    """The backend that "auto" takes: of those in `ways`, "triton" unless another one was measured to be faster here.
-
-    Forward and backward are timed together, also where no gradient is wanted: a recomputed forward pass must be the
-    first one again. All results are compared.
-
-    A choice holds for a class of sizes: heads, head dimension, options, and tokens and mean length of the documents up
-    to powers of two. The first call of a class measures (kernels/gpu/tuning.py); a compiled graph does not, it takes
-    what was measured before.
-    """
-    q, k, v, cu_seqlens, _, causal, window, softcap, _, parents = call
-    tokens, documents = q.shape[0], max(1, cu_seqlens.shape[0] - 1)
-    bits = (tokens.bit_length(), (tokens // documents).bit_length(), (window or 0).bit_length())
-    heads = f"{q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
-    options = f"{'causal' if causal else 'both'}{' window' if window else ''}{' softcap' if softcap else ''}"
-    options += " shared" if parents is not None else ""
-    key = f"packed_attention {heads} {options} {q.dtype} sizes {bits}"
-    if torch.compiler.is_compiling():
-        return _remembered(key, tuple(ways))
-    from .gpu import tuning
-
-    scales: list[Tensor] = []  # of the first way's results, so that each counts alike in a comparison
-
-    def results(way: Callable[[AttentionCall], Tensor]) -> Tensor:
-        if torch.is_inference_mode_enabled():
-            return way(call)
-        tensors = [x.detach().requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad():
-            out = way(call._replace(q=tensors[0], k=tensors[1], v=tensors[2]))
-            parts = [out.detach(), *torch.autograd.grad(out, tensors, out.detach())]
-        scales.extend(x.abs().amax().clamp(min=1e-30) for x in parts[len(scales) :])
-        return torch.cat([(x / scale).flatten() for x, scale in zip(parts, scales, strict=True)])
-
-    return tuning.choose(key, {name: partial(results, way) for name, way in ways.items()}, "triton")
-
-
-@torch.compiler.assume_constant_result
-def _remembered(key: str, names: tuple[str, ...]) -> str:
-    from .gpu import tuning
-
-    return tuning.remembered(key, names, "triton")
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import attention_hopper, reference
+from . import attention_choice, attention_hopper, reference
 from .attention_call import AttentionCall, list_reasons
 from .attention_peers import PEERS
-from .gpu.attention_tiles import max_group, tile_lists
+from .gpu.attention_blocks import max_group
+from .gpu.attention_tiles import tile_lists
 from .library import register_op
 from .pack import PackPlan
 from .registry import Op, cpp_reasons, no_reasons, triton_reasons
@@ -54,11 +55,12 @@ def packed_attention(
         window: query i sees only keys with i - window < j <= i (causal) or |i - j| < window; >= 1.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2, arXiv 2408.00118); > 0.
         scale: factor of q k^T; default `d ** -0.5`.
-        backend: "auto" tries "cpp" (CPU), "triton", the packages "flash_attn_3", "flash_attn_2", "flash_attn_4" and
-            "varlen_attn" (torch's), where they are installed and a plan is given, then "reference". The order is by
-            what they take and repeat bit for bit, not by speed, which has not been measured yet. On a Hopper GPU the
-            first call of a size measures "triton" against "gluon", "gluon_pingpong", "gluon_dkdv" and "gluon_forward",
-            and remembers.
+        backend: "auto" tries "cpp" (CPU), "triton", the packages "flash_attn_3", "flash_attn_2", "flash_attn_4",
+            "cudnn" and "varlen_attn" (torch's), where they are installed and a plan is given, then "reference". Where
+            "triton" can run, the first call of a class of sizes times it, with other block sizes too, against "gluon",
+            "gluon_pingpong", "gluon_dkdv" and "gluon_forward" (Hopper) and the packages that repeat bit for bit, and
+            remembers the fastest, as FORGE_TUNING says (kernels/gpu/tuning.py). A compiled graph takes no package.
+            "cudnn" and "varlen_attn" repeat, and are timed, only under `torch.use_deterministic_algorithms(True)`.
 
     Returns:
         [tokens, q_heads, d], dtype of q.
@@ -81,10 +83,17 @@ def packed_attention(
 
 
 def _measured(call: AttentionCall) -> str:
-    """The fastest of this package's kernels that can take the inputs on this GPU; "auto" where there is no choice."""
+    """The fastest backend that can take the inputs on this GPU and repeats; "auto" where Triton's cannot."""
     names = ("triton", *attention_hopper.NAMES)
-    ways = {name: OP.backends[name].run for name in names if not OP.backends[name].not_supported_reasons(call)}
-    return attention_hopper.fastest(ways, call) if "triton" in ways and len(ways) > 1 else "auto"
+    own = {name: OP.backends[name].run for name in names if not OP.backends[name].not_supported_reasons(call)}
+    if "triton" not in own:
+        return "auto"
+    peers = {}
+    if not torch.compiler.is_compiling():  # which could not follow what other packages look up
+        for name, peer in PEERS.items():
+            if not peer.not_supported_reasons(call) and not peer.unrepeatable(call.q.device):
+                peers[name] = peer.attempt
+    return attention_choice.fastest(own, peers, call) if len(own) + len(peers) > 1 else "triton"
 
 
 def document_positions(tokens: int, cu_seqlens: Tensor, parents: Tensor | None = None) -> Tensor:
@@ -167,8 +176,10 @@ def _run_triton(call: AttentionCall) -> Tensor:
     if scale < 0:  # the kernels take the largest logit from the largest product
         q, scale = -q, -scale
     tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, parents=parents)
-    lists, context, limits = tiles[:3], tiles[3:], (window or 0, softcap or 0.0)
-    return torch.ops.forge_triton.packed_attention(q, k, v, *lists, causal, *limits, scale, *context)[0]
+    lists, contexts, options = tiles[:3], tiles[3:], (causal, window or 0, softcap or 0.0, scale)
+    call = call._replace(q=q, scale=scale)
+    blocks = attention_choice.blocks(call, lists, contexts) if q.is_cuda else [0, 0, 0]
+    return torch.ops.forge_triton.packed_attention(q, k, v, *lists, *options, *contexts, blocks=blocks)[0]
 
 
 def _cpp_reasons(call: AttentionCall) -> list[str]:
@@ -251,9 +262,10 @@ register_op("packed_attention", _fake, _backward, _setup_context)
 register_op("packed_attention_backward", _fake_backward)
 
 
-# The Triton ops take the tile lists of their three kernels, and keep the output for the backward pass.
+# The Triton ops take the tile lists of their three kernels, and keep the output for the backward pass. `blocks` says
+# with which of its configurations each kernel runs (attention_blocks.alternatives).
 _TILES = "Tensor dq_tiles, Tensor dkdv_tiles, bool causal, int window, float softcap, float scale"
-_CONTEXT = "Tensor? dq_context=None, Tensor? dkdv_context=None"
+_CONTEXT = "Tensor? dq_context=None, Tensor? dkdv_context=None, int[] blocks=[0, 0, 0]"
 
 
 def _fake_triton(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -267,15 +279,15 @@ def _fake_triton_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: obj
 
 
 def _setup_triton_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, dq_context, dkdv_context = inputs
+    q, k, v, _, dq_tiles, dkdv_tiles, *ctx.options, _, dq_context, dkdv_context, ctx.blocks = inputs
     ctx.save_for_backward(q, k, v, *output, dq_tiles, dkdv_tiles, dq_context, dkdv_context)
     ctx.mark_non_differentiable(output[1])
 
 
 def _triton_backward(ops, ctx, dout: Tensor, _dlse: Tensor | None):  # type: ignore[no-untyped-def]
     *saved, dq_context, dkdv_context = ctx.saved_tensors
-    gradients = ops.packed_attention_backward(dout, *saved, *ctx.options, dq_context, dkdv_context)
-    return *gradients, *[None] * 10
+    gradients = ops.packed_attention_backward(dout, *saved, *ctx.options, dq_context, dkdv_context, blocks=ctx.blocks)
+    return *gradients, *[None] * 11
 
 
 register_op(

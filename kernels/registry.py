@@ -16,6 +16,10 @@ from . import library
 Reasons = Callable[..., list[str]]
 
 
+class Refusal(Exception):
+    """What a backend raises that has no reason against a call, and cannot run it after all: another package's error."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op: `run(*inputs)` and what keeps it from taking inputs."""

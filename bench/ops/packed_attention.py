@@ -10,6 +10,7 @@ from bench.peers import attention as peers
 from bench.registry import Candidates, Missing, Slow, Thunk, peer, suite_device, workload
 from forge_core.kernels import PackPlan, attention_hopper, packed_attention
 from forge_core.kernels.attention_call import AttentionCall
+from forge_core.kernels.attention_peers import PEERS
 from forge_core.kernels.registry import OPS
 
 
@@ -71,12 +72,14 @@ def candidates(pack: Pack, backward: bool, device: str, varlen: bool) -> Candida
         masked = candidate(lambda: peers.sdpa_block_mask(q, k, v, mask))
         result["SDPA block mask"] = Slow(masked, 1) if device == "cpu" else masked  # up to 16 s a call
     if varlen:
-        # "forge" is whichever of these was measured to be faster on this GPU (kernels/attention_hopper.py).
-        for tier in ("triton", *attention_hopper.NAMES):
+        # "forge" is whichever of these was measured to be faster on this GPU (kernels/attention_choice.py); other
+        # packages' backends take part where they repeat bit for bit.
+        for name in ("triton", *attention_hopper.NAMES, "cudnn"):
             arguments = AttentionCall(q, k, v, cu_seqlens, plan, True, None, None, pack.d**-0.5)
-            reasons = OPS["packed_attention"].backends[tier].not_supported_reasons(arguments)
-            call = partial(packed_attention, q, k, v, cu_seqlens, plan=plan, backend=tier)
-            result[f"forge {tier}"] = Missing("; ".join(reasons)) if reasons else candidate(call)
+            reasons = OPS["packed_attention"].backends[name].not_supported_reasons(arguments)
+            call = partial(packed_attention, q, k, v, cu_seqlens, plan=plan, backend=name)
+            label = name if name in PEERS else f"forge {name}"
+            result[label] = Missing("; ".join(reasons)) if reasons else candidate(call)
         inputs = (q, k, v, cu_seqlens, max(lengths))
         result["torch varlen_attn"] = peer("torch", lambda: candidate(peers.torch_varlen(*inputs)))
         result["flash-attn"] = peer("flash_attn", lambda: candidate(peers.flash_attn_varlen(*inputs)))

@@ -1,6 +1,4 @@
-"""Block sizes of packed_attention's Triton kernels, and their tile lists: a PackPlan's, or made on the device.
-
-A tile owns as many rows as a kernel's block holds, so both are chosen here, before the op is called, without triton.
+"""Tile lists of packed_attention's GPU kernels: a PackPlan's, or made on the device.
 
 A pack in which documents continue others (`parents`) has lists of the same rows, int32 [tiles, 8], whose columns are
 those of the tile's own document. Beside each list lies its context, a flat int32 vector with all columns of its tiles:
@@ -10,7 +8,6 @@ each range, with `query - gap` in the place of `query` where it masks. Without p
 differs.
 """
 
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,165 +15,9 @@ import torch
 from torch import Tensor
 
 from ..pack import PackPlan
+from .attention_blocks import tile_sizes
 
 _COLUMNS = len(PackPlan.COLUMNS)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Configuration of one kernel.
-
-    block_m packed query rows (tokens x heads of a group) meet block_n keys, edge_n at a time where a mask is needed.
-    The forward and dQ kernels own block_m rows and loop over keys; the dK/dV kernel owns block_n keys, loops over
-    queries and has no edge_n.
-    """
-
-    block_m: int
-    block_n: int
-    edge_n: int
-    num_warps: int
-    num_stages: int
-    registers: int | None = None  # a thread's; without it ptxas may aim at more programs, and spill for that
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The three kernels of one device, dtype and head dimension."""
-
-    forward: Blocks
-    dq: Blocks
-    dkdv: Blocks
-    dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill:
-    tight: tuple[str, ...] = ("pointers", "softcap", "two-sided window", "parents")  # those; see packed_attention.py
-    forward_shared: Blocks | None = None  # as many rows, where forward would spill with parents
-
-
-# Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement.
-# Not tuned by the clock: a block size decides the order of sums, and lists are made before anything could be timed.
-# Key: architecture (0: interpreter, 86: those with 99 KiB of shared memory to a program), padded head dimension.
-_HALF = {
-    (90, 64): Kernels(Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 64, 4, 2), Blocks(64, 128, 0, 8, 2)),
-    (90, 128): Kernels(
-        Blocks(128, 128, 64, 8, 2),
-        Blocks(128, 128, 64, 8, 2),
-        Blocks(64, 128, 0, 8, 2),
-        Blocks(32, 128, 0, 8, 2),
-        ("pointers", "softcap", "two-sided window", "parents", "few heads"),
-    ),
-    (90, 256): Kernels(
-        Blocks(128, 64, 32, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2), Blocks(16, 64, 0, 8, 2)
-    ),
-    (100, 64): Kernels(
-        Blocks(64, 128, 64, 4, 2),
-        Blocks(64, 128, 64, 4, 2),
-        Blocks(64, 128, 0, 8, 2),
-        Blocks(32, 128, 0, 8, 2, 255),
-        ("pointers", "few heads, softcap", "few heads, parents"),
-    ),
-    (100, 128): Kernels(
-        Blocks(128, 128, 64, 8, 2), Blocks(128, 128, 64, 8, 2), Blocks(64, 128, 0, 8, 2), Blocks(32, 128, 0, 8, 2, 255)
-    ),
-    (100, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
-    (80, 64): Kernels(
-        Blocks(128, 64, 64, 4, 2),
-        Blocks(64, 64, 64, 4, 2),
-        Blocks(32, 128, 0, 8, 2),
-        forward_shared=Blocks(128, 64, 64, 8, 2),
-    ),
-    (80, 128): Kernels(Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 0, 8, 2)),
-    (80, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(64, 32, 32, 8, 2), Blocks(32, 32, 0, 8, 2)),
-    (86, 256): Kernels(Blocks(64, 32, 32, 8, 2), Blocks(64, 32, 32, 8, 1), Blocks(32, 32, 0, 8, 2)),
-    (0, 256): Kernels(Blocks(64, 32, 16, 4, 1), Blocks(64, 32, 16, 4, 1), Blocks(64, 32, 0, 4, 1)),
-}
-# float32 matmuls run as multiply-adds, which need many registers: dQ spills beyond a head dimension of 64.
-_FLOAT = {
-    64: Kernels(Blocks(32, 32, 32, 8, 1), Blocks(32, 32, 32, 8, 1), Blocks(16, 64, 0, 8, 1)),
-    128: Kernels(Blocks(32, 32, 32, 8, 1), Blocks(32, 32, 32, 8, 1), Blocks(16, 64, 0, 8, 1)),
-    256: Kernels(Blocks(32, 32, 32, 8, 1), Blocks(32, 16, 16, 4, 1), Blocks(16, 32, 0, 4, 1)),
-}
-
-
-def padded_head_dim(d: int) -> int:
-    """Columns of a block: a power of two of at least 16."""
-    return max(16, 1 << (d - 1).bit_length())
-
-
-def kernels(device: torch.device, dtype: torch.dtype, d: int) -> Kernels:
-    """The configuration for a head dimension d of at most 256 on a device."""
-    arch, width = architecture(device), max(64, padded_head_dim(d))
-    if arch == 0:
-        return _HALF[0, 256]
-    if dtype == torch.float32:
-        return _FLOAT[width]
-    return _HALF.get((arch, width)) or _HALF[80, width]
-
-
-@torch.compiler.assume_constant_result
-def _block_sizes(device: torch.device, dtype: torch.dtype, d: int) -> tuple[int, int, int, int, int, int]:
-    forward, dq, dkdv = (getattr(kernels(device, dtype, d), name) for name in ("forward", "dq", "dkdv"))
-    return forward.block_m, forward.edge_n, dq.block_m, dq.edge_n, dkdv.block_n, dkdv.block_m
-
-
-def max_group(q: Tensor) -> int:
-    """Query heads of one key/value head that a tile of queries can hold."""
-    sizes = _block_sizes(q.device, q.dtype, q.shape[2])
-    return min(sizes[0], sizes[2])
-
-
-def tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
-    """Tokens of a tile's rows and columns, for the lists of the forward, dQ and dK/dV kernels."""
-    group = q.shape[1] // k.shape[1]
-    forward_m, forward_n, dq_m, dq_n, dkdv_n, dkdv_m = _block_sizes(q.device, q.dtype, q.shape[2])
-    return (forward_m // group, forward_n), (dq_m // group, dq_n), (dkdv_n, max(1, dkdv_m // group))
-
-
-HOPPER_ROWS = 128  # packed rows of a tile of the Gluon kernel, packed_attention_hopper.py
-HOPPER_KEYS, HOPPER_QUERIES = 128, 64  # of a tile and of a block (packed rows) of packed_attention_hopper_backward.py
-HOPPER_DQ_KEYS = 64  # of a block of packed_attention_hopper_dq.py, whose tiles have HOPPER_ROWS
-
-
-def padded_group(group: int) -> int:
-    """Rows that the Gluon kernel gives to a token: those of `group` heads, and of none up to a power of two."""
-    return 1 << (group - 1).bit_length()
-
-
-def hopper_edge(d: int) -> int:
-    """Keys of a block with a mask in the Gluon kernel."""
-    return 64 if d <= 128 else 32
-
-
-def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None, shared: bool) -> tuple[bool, bool]:
-    """Whether there are Gluon kernels for dQ, and for dK and dV: what they have registers for. `shared`: parents."""
-    group, d = q.shape[1] // k.shape[1], q.shape[2]
-    dkdv = padded_group(group) == group <= HOPPER_QUERIES // 2 and d in (64, 128)
-    if shared and group == 1 and d == 128:
-        dkdv = False
-    return d <= 128 and not softcap, dkdv and not softcap
-
-
-def hopper_tile_sizes(q: Tensor, k: Tensor, gluon_dq: bool, gluon_dkdv: bool) -> tuple[tuple[int, int], ...]:
-    """As `tile_sizes`, for a forward pass by the Gluon kernel and dQ, dK and dV by Gluon's or Triton's."""
-    group = q.shape[1] // k.shape[1]
-    rows = HOPPER_ROWS // padded_group(group)
-    _, dq, dkdv = tile_sizes(q, k)
-    if gluon_dq:
-        dq = (rows, HOPPER_DQ_KEYS)
-    if gluon_dkdv:
-        dkdv = (HOPPER_KEYS, HOPPER_QUERIES // 2 // group)
-    return (rows, hopper_edge(q.shape[2])), dq, dkdv
-
-
-def architecture(device: torch.device) -> int:
-    """80, 86, 90 or 100, the nearest with a configuration; 0 for the interpreter."""
-    if device.type == "meta":  # compiled ahead of time
-        from triton.runtime import driver
-
-        return driver.active.get_current_target().arch
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return {8: 80 if minor in (0, 7) else 86, 9: 90, 10: 100, 11: 100, 12: 86}.get(major, 80)
-
 
 _uploaded: WeakKeyDictionary[PackPlan, dict[tuple, tuple[Tensor, ...]]] = WeakKeyDictionary()
 

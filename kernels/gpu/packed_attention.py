@@ -23,14 +23,23 @@ first lost to rounding, and delta is the sum of P dP over keys.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_tiles import Blocks, architecture, kernels, padded_head_dim, tile_sizes
+from .attention_blocks import (
+    Blocks,
+    Kernels,
+    alternatives,
+    architecture,
+    configured,
+    kernels,
+    padded_head_dim,
+    tile_sizes,
+)
 from .packed_attention_backward import dkdv_kernel, dq_kernel
 from .packed_attention_forward import forward_kernel
 from .workload import Workload, meta
@@ -50,8 +59,9 @@ def packed_attention(
     forward_context: Tensor | None = None,
     dq_context: Tensor | None = None,
     dkdv_context: Tensor | None = None,
+    blocks: Sequence[int] = (0, 0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward kernel: out, lse."""
+    """Launches the forward kernel: out, lse. `blocks`: which of its configurations each kernel has."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = (_readable(x, q.shape[1] // k.shape[1]) for x in (q, k, v))
     tokens, kv_heads, d = k.shape
@@ -59,15 +69,15 @@ def packed_attention(
     lse = torch.empty((_lse_parts(q.dtype), kv_heads, rows), dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    configured = kernels(q.device, q.dtype, d)
-    blocks = configured.forward
-    if configured.forward_shared and forward_context is not None:
-        blocks = configured.forward_shared
-    descriptors = _key_descriptors(k, v, blocks.block_n)
+    table = kernels(q.device, q.dtype, d)
+    sizes = _chosen(table, "forward", blocks[0], k, v)
+    if table.forward_shared and forward_context is not None:
+        sizes = table.forward_shared
+    descriptors = _key_descriptors(k, v, sizes.block_n)
     forward_kernel[forward_tiles.shape[0] * kv_heads,](
         q, k, v, out, lse, *descriptors, forward_tiles, forward_context, *_factors(softcap, scale), window, tokens,
-        kv_heads, *_strides(q, k, v, out), **_constants(q, k, causal, window, softcap), **_sizes(blocks),
-        EDGE_N=blocks.edge_n, SHARED=forward_context is not None, TMA=descriptors[0] is not None,
+        kv_heads, *_strides(q, k, v, out), **_constants(q, k, causal, window, softcap), **_sizes(sizes),
+        EDGE_N=sizes.edge_n, SHARED=forward_context is not None, TMA=descriptors[0] is not None,
     )  # fmt: skip
     return out, lse
 
@@ -87,6 +97,7 @@ def packed_attention_backward(
     scale: float,
     dq_context: Tensor | None = None,
     dkdv_context: Tensor | None = None,
+    blocks: Sequence[int] = (0, 0, 0),
     *,
     other_dq: Callable[..., tuple[Tensor, Tensor]] | None = None,
     other_dkdv: Callable[..., tuple[Tensor, Tensor]] | None = None,
@@ -102,26 +113,26 @@ def packed_attention_backward(
     if tokens == 0:
         return dq, dk, dv
     delta = torch.empty(lse.shape[1:], dtype=torch.float32, device=q.device)
-    configured = kernels(q.device, q.dtype, d)
+    table = kernels(q.device, q.dtype, d)
     constants = _constants(q, k, causal, window, softcap)
     scalars = (*_factors(softcap, scale), scale, window, tokens, kv_heads)
 
     if other_dq is not None:
         dq, delta = other_dq(dout, q, k, v, out, lse)
     else:
-        blocks = configured.dq
-        descriptors = _key_descriptors(k, v, blocks.block_n)
+        sizes = _chosen(table, "dq", blocks[1], k, v)
+        descriptors = _key_descriptors(k, v, sizes.block_n)
         dq_kernel[dq_tiles.shape[0] * kv_heads,](
             q, k, v, out, dout, lse, dq, delta, *descriptors, dq_tiles, dq_context, *scalars,
-            *_strides(q, k, v, out, dout), **constants, **_sizes(blocks), EDGE_N=blocks.edge_n,
+            *_strides(q, k, v, out, dout), **constants, **_sizes(sizes), EDGE_N=sizes.edge_n,
             SHARED=dq_context is not None, TMA=descriptors[0] is not None,
         )  # fmt: skip
 
     if other_dkdv is not None:
         return dq, *other_dkdv(dout, q, k, v, lse, delta)
-    blocks = configured.dkdv
+    sizes = _chosen(table, "dkdv", blocks[2], q, dout)
     group = q.shape[1] // kv_heads
-    descriptors = _query_descriptors(q, dout, blocks.block_m, group)
+    descriptors = _query_descriptors(q, dout, sizes.block_m, group)
     crowded = {
         "pointers": descriptors[0] is None,
         "softcap": softcap > 0,
@@ -131,14 +142,20 @@ def packed_attention_backward(
         "few heads, softcap": group < 4 and softcap > 0,
         "few heads, parents": group < 4 and dkdv_context is not None,
     }
-    if configured.dkdv_tight and any(crowded[cause] for cause in configured.tight):
-        blocks = configured.dkdv_tight
-        descriptors = _query_descriptors(q, dout, blocks.block_m, group)
+    if sizes is table.dkdv and table.dkdv_tight and any(crowded[cause] for cause in table.tight):
+        sizes = table.dkdv_tight
+        descriptors = _query_descriptors(q, dout, sizes.block_m, group)
     dkdv_kernel[dkdv_tiles.shape[0] * kv_heads,](
         q, k, v, dout, lse, delta, dk, dv, *descriptors, dkdv_tiles, dkdv_context, *scalars, *_strides(q, k, v, dout),
-        **constants, **_sizes(blocks), SHARED=dkdv_context is not None, TMA=descriptors[0] is not None,
+        **constants, **_sizes(sizes), SHARED=dkdv_context is not None, TMA=descriptors[0] is not None,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _chosen(table: Kernels, kernel: str, index: int, *tensors: Tensor) -> Blocks:
+    # Compiled ahead of time with bulk copies where there are any: loads by pointers take more registers.
+    bulk = architecture(tensors[0].device) < 90 or _bulk_copies(*tensors)
+    return table.ways(kernel)[index if bulk else 0]
 
 
 def _readable(x: Tensor, group: int) -> Tensor:
@@ -217,7 +234,8 @@ def _bulk_copies(*tensors: Tensor) -> bool:
 
 
 def workloads() -> list[Workload]:
-    """An 8k pack of documents up to 2k (mean context 470): every head dimension, the options that cost registers.
+    """An 8k pack of documents up to 2k (mean context 470): every head dimension, the options that cost registers, and
+    the configurations to choose from ("blocks 1" is the second one).
 
     The programs of the grid are those of documents of 512 tokens.
     """
@@ -234,6 +252,9 @@ def workloads() -> list[Workload]:
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
         listed += _calls(name, q_heads, kv_heads, d, causal, window, softcap, torch.bfloat16, hopper)
     listed += _calls("float32, D 64", 8, 1, 64, True, 0, 0.0, torch.float32, ())
+    for d in (128, 64):
+        for place in (1, 2):
+            listed += _calls(f"D {d}, blocks {place}", 32, 8, d, True, 0, 0.0, torch.bfloat16, hopper, place)
     from . import packed_attention_hopper, packed_attention_hopper_backward, packed_attention_hopper_dq
 
     for module in (packed_attention_hopper, packed_attention_hopper_dq, packed_attention_hopper_backward):
@@ -243,31 +264,44 @@ def workloads() -> list[Workload]:
 
 def _calls(
     name: str, q_heads: int, kv_heads: int, d: int, causal: bool, window: int, softcap: float, dtype: torch.dtype,
-    wgmma: tuple[str, ...],
+    wgmma: tuple[str, ...], place: int = 0,
 ) -> list[Workload]:  # fmt: skip
-    """The calls of one size; `wgmma` names the forward kernel and the two backward ones, or nothing."""
+    """The calls of one size, with the configuration at `place` of each kernel where it has so many, on the
+    architectures where one does. `wgmma` names the forward kernel and the two backward ones, or nothing.
+    """
     tokens, group = 8192, q_heads // kv_heads
     q, kv = meta(tokens, q_heads, d, dtype=dtype), meta(tokens, kv_heads, d, dtype=dtype)
     lse = meta(_lse_parts(dtype), kv_heads, tokens * group, dtype=torch.float32)
     options = (causal, window, softcap, d**-0.5)
     # Eight candidates of 256 tokens after a prompt of 1024 have as many pairs a token as the documents of 512.
-    context = (meta(4096, dtype=torch.int32),) * 3 if "shared" in name else ()
+    ranges = meta(4096, dtype=torch.int32) if "shared" in name else None
+    context = (ranges, ranges, ranges)
 
     def tiles(index: int) -> Tensor:
         return meta(16 * math.ceil(512 / tile_sizes(q, kv)[index][0]), 8, dtype=torch.int32)
 
+    def blocks() -> list[int]:
+        return [min(place, len(names) - 1) for names in alternatives(q, kv, causal, softcap, ranges is not None)]
+
+    def having(*names: str) -> tuple[int, ...]:
+        tables = {arch: configured(arch, dtype, d) for arch in Workload.architectures}
+        return tuple(a for a, table in tables.items() if any(len(table.ways(name)) > place for name in names))
+
     flops = round(4 * d * q_heads * tokens * (470 if causal else 940))
     size, small = tokens * q_heads * d * q.element_size(), tokens * kv_heads * d * q.element_size()
     forward, backward = wgmma[:1], wgmma[1:]
-    return [
+    listed = [
         Workload(
             f"packed_attention: forward {name}, {q_heads}/{kv_heads} heads",
-            lambda: packed_attention(q, kv, kv, tiles(0), tiles(1), tiles(2), *options, *context),
-            2 * size + 2 * small, flops, forward, asynchronous=forward,
+            lambda: packed_attention(q, kv, kv, tiles(0), tiles(1), tiles(2), *options, *context, blocks=blocks()),
+            2 * size + 2 * small, flops, forward, having("forward"), forward,
         ),
         Workload(
             f"packed_attention: backward {name}, {q_heads}/{kv_heads} heads",
-            lambda: packed_attention_backward(q, q, kv, kv, q, lse, tiles(1), tiles(2), *options, *context[1:]),
-            4 * size + 4 * small, flops * 5 // 2, backward, asynchronous=backward,
+            lambda: packed_attention_backward(
+                q, q, kv, kv, q, lse, tiles(1), tiles(2), *options, *context[1:], blocks=blocks()
+            ),
+            4 * size + 4 * small, flops * 5 // 2, backward, having("dq", "dkdv"), backward,
         ),
     ]  # fmt: skip
+    return [workload for workload in listed if workload.architectures]

@@ -36,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .attention_blocks import HOPPER_ROWS, hopper_edge, padded_group, padded_head_dim
 from .attention_hopper_common import (
     advance,
     barriers,
@@ -55,7 +56,6 @@ from .attention_hopper_common import (
     start_product,
     store_queries,
 )
-from .attention_tiles import HOPPER_ROWS, hopper_edge, padded_group, padded_head_dim
 from .packed_attention import _bulk_copies, _factors
 from .workload import Workload, meta, multiprocessors
 

@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .attention_blocks import HOPPER_KEYS, HOPPER_QUERIES, padded_head_dim
 from .attention_hopper_common import (
     advance,
     barriers,
@@ -45,7 +46,6 @@ from .attention_hopper_common import (
     store_keys,
     visible,
 )
-from .attention_tiles import HOPPER_KEYS, HOPPER_QUERIES, padded_head_dim
 from .packed_attention import _bulk_copies, _factors, packed_attention_backward
 from .packed_attention_hopper_dq import dq
 from .workload import Workload, meta, multiprocessors

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .attention_blocks import HOPPER_DQ_KEYS, HOPPER_ROWS, padded_group, padded_head_dim
 from .attention_hopper_common import (
     advance,
     barriers,
@@ -54,7 +55,6 @@ from .attention_hopper_common import (
     store_queries,
     visible,
 )
-from .attention_tiles import HOPPER_DQ_KEYS, HOPPER_ROWS, padded_group, padded_head_dim
 from .packed_attention import _bulk_copies, _factors
 from .workload import Workload, meta, multiprocessors
 

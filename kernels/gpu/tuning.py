@@ -5,6 +5,7 @@ yet (`UNPROVED`), as bench/gpu.sh does. Choices are kept in ~/.cache/forge_core/
 another file): ways may round differently, and a resumed run should not measure again and pick another one.
 """
 
+import functools
 import json
 import math
 import os
@@ -18,6 +19,8 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
+from ..registry import Refusal
+
 Way = Callable[[], Tensor]
 ROUNDS = 7
 HOLD = 1 << 20  # cycles, half a millisecond
@@ -28,6 +31,8 @@ MARGIN = 0.99  # of the default's time; below that another way replaces it
 UNPROVED = frozenset({"gluon", "gluon_pingpong", "gluon_dkdv", "gluon_forward"})
 
 _choices: dict[str, str] | None = None
+# What this process has taken, for each key: bench/ reports it.
+taken: dict[str, str] = {}
 
 
 def choose(
@@ -41,26 +46,30 @@ def choose(
     Args:
         key: what the choice depends on, besides the GPU and the versions of torch and Triton.
         ways: each computes the result in one way; they must have no other effect. See `usable`.
-        default: used where tuning is off, and while a CUDA graph is captured; kept unless another way is 1 % faster.
+        default: used where tuning is off, and while a CUDA graph is captured if there was no choice before; kept unless
+            another way is 1 % faster.
         time: measures the ways in seconds; by default CUDA events on the current stream.
     """
     ways = {name: way for name, way in ways.items() if name == default or _may_run(name)}
     if len(ways) == 1:
         return default
     if time is None:
-        if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_available():
             return default
-        key = _on_this_gpu(key)
+        if torch.cuda.is_current_stream_capturing():
+            return remembered(key, ways, default)
+    of_gpu = key if time else _on_this_gpu(key)
     known = _known()
-    if known.get(key) not in ways:
+    if known.get(of_gpu) not in ways:
         candidates = usable(ways, default)
         if not candidates:
             return default
         seconds = (time or _time)(candidates)
         best = min(seconds, key=lambda way: seconds[way])
-        known[key] = best if seconds[best] < MARGIN * seconds.get(default, float("inf")) else default
+        known[of_gpu] = best if seconds[best] < MARGIN * seconds.get(default, float("inf")) else default
         _save(known)
-    return known[key]
+    taken[key] = known[of_gpu]
+    return known[of_gpu]
 
 
 def remembered(key: str, ways: Collection[str], default: str) -> str:
@@ -68,7 +77,8 @@ def remembered(key: str, ways: Collection[str], default: str) -> str:
     if not torch.cuda.is_available():
         return default
     way = _known().get(_on_this_gpu(key), default)
-    return way if way in ways and _may_run(way) else default
+    taken[key] = way if way in ways and _may_run(way) else default
+    return taken[key]
 
 
 def _may_run(way: str) -> bool:
@@ -77,11 +87,16 @@ def _may_run(way: str) -> bool:
 
 
 def _on_this_gpu(key: str) -> str:
-    return f"{torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__} {key}"
+    return f"{_gpu(torch.cuda.current_device())} torch {torch.__version__} triton {triton.__version__} {key}"
+
+
+@functools.cache
+def _gpu(device: int) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def usable(ways: dict[str, Way], default: str) -> dict[str, Way]:
-    """The ways that run here and agree with the default; one that does not is named in a warning and left out.
+    """The ways that run here, agree with the default and repeat bit for bit; others are left out, with a warning.
 
     None at all where the result is not finite: nothing can be compared with it.
     """
@@ -94,14 +109,17 @@ def usable(ways: dict[str, Way], default: str) -> dict[str, Way]:
         if way == default:
             continue
         try:
-            difference = _largest(run() - expected)
-        except TritonError as error:  # does not compile for this GPU, or wants more than it has
+            result = run()
+        except (TritonError, Refusal) as error:  # does not compile for this GPU, or wants more than it has
             warnings.warn(f"{way}: not used: {error}", stacklevel=2)
             continue
-        if difference <= AGREE * scale:
-            found[way] = run
-        else:
+        difference = _largest(result - expected)
+        if not difference <= AGREE * scale:
             warnings.warn(f"{way}: not used, its result is off by up to {difference:.3g}", stacklevel=2)
+        elif not torch.equal(result, run()):
+            warnings.warn(f"{way}: not used, its result does not repeat bit for bit", stacklevel=2)
+        else:
+            found[way] = run
     return found
 
 

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,15 @@ def test_a_peer_that_fails_is_named_and_never_dropped() -> None:
     assert "computes something else: 2.0" in row["missing"]["differs"]
     assert row["missing"]["absent"] == "no_such_package is not installed"
     assert row["missing"]["unbuildable"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_row_says_what_forge_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = SimpleNamespace(taken={"an earlier row": "x"})
+    monkeypatch.setitem(sys.modules, "forge_core.kernels.gpu.tuning", tuning)
+    calls = {"forge": lambda: tuning.taken.update({"op sizes": "cudnn"}), "peer": lambda: tuning.taken.update(peer="y")}
+    item = measure(_workload(build=lambda: dict(calls)), ROOFLINE, "cpu", 0.0)
+    assert item["chosen"] == {"op sizes": "cudnn"}
+    assert "chose by measurement: op sizes: cudnn." in report.markdown(_result(1.0) | {"rows": [item]})
 
 
 def test_a_workload_that_fails_keeps_its_row() -> None:

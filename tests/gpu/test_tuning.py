@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from forge_core.kernels.gpu import lora_linear_choice, tuning
 from forge_core.kernels.gpu.lora_linear_gemm import Operands
+from forge_core.kernels.registry import Refusal
 
 ONE = torch.ones(4)
 WAYS = {"slow": lambda: ONE, "fast": lambda: ONE * 1.01}
@@ -55,11 +56,26 @@ def test_ways_that_fail_or_disagree_are_left_out() -> None:
     def broken() -> torch.Tensor:
         raise OutOfResources(300, 227, "shared memory")
 
+    def refuses() -> torch.Tensor:
+        raise Refusal("ImportError: undefined symbol")
+
+    shaking = iter([ONE, ONE * 1.001])
     ways = WAYS | {"broken": broken, "wrong": lambda: ONE * 1.1, "nan": lambda: ONE * float("nan")}
+    ways |= {"refuses": refuses, "shakes": lambda: next(shaking)}
     with pytest.warns(UserWarning) as warned:
         assert set(tuning.usable(ways, "slow")) == {"slow", "fast"}
     assert tuning.usable({"slow": ways["nan"], "fast": ways["fast"]}, "slow") == {}
-    assert [str(w.message).split(",")[0].split(": ")[0] for w in warned] == ["broken", "wrong", "nan"]
+    named = [str(w.message).split(",")[0].split(": ")[0] for w in warned]
+    assert named == ["broken", "wrong", "nan", "refuses", "shakes"]
+    assert "does not repeat bit for bit" in str(warned[-1].message)
+
+
+def test_an_error_that_is_no_refusal_goes_on() -> None:
+    def fails() -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        tuning.usable(WAYS | {"fails": fails}, "slow")
 
 
 def test_files_that_cannot_be_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

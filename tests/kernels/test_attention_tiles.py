@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from forge_core.kernels import PackPlan, packed_attention
-from forge_core.kernels.gpu import attention_tiles
+from forge_core.kernels.gpu import attention_blocks, attention_tiles
 from forge_core.kernels.gpu.attention_tiles import device_list, plan_lists, tile_lists
 
 
@@ -76,7 +76,7 @@ def test_bad_cu_seqlens(bounds: list[int]) -> None:
 
 def test_head_dimensions_have_a_configuration() -> None:
     for d in (1, 16, 17, 64, 80, 96, 128, 255, 256):
-        width = attention_tiles.padded_head_dim(d)
+        width = attention_blocks.padded_head_dim(d)
         assert width >= max(d, 16) and width & (width - 1) == 0 and width < 2 * max(d, 9)
     with pytest.raises(ValueError, match="takes head dimensions up to 256"):
         packed_attention(*[torch.zeros(2, 1, 300)] * 3, torch.tensor([0, 2], dtype=torch.int32), backend="triton")
