@@ -30,29 +30,11 @@ HEADLINE = [SHAPES[0], SHAPES[3], SHAPES[4], SHAPES[7]]
 LLAMA_8B: list[Group] = [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]
 
 
-def layers(tokens: int, groups: list[Group], rank: int, dropout_p: float, device: str, *, compile: bool) -> Candidates:
-    """Candidates that run every group forward and backward, one after another."""
-    inputs = []
-    for k, widths in groups:
-        x = torch.randn(tokens, k, dtype=torch.bfloat16, device=device, requires_grad=True)
-        weights = [(torch.randn(n, k, device=device) / k**0.5).bfloat16() for n in widths]
-        a = [(torch.randn(rank, k, device=device) / k**0.5).requires_grad_() for _ in widths]
-        b = [(torch.randn(n, rank, device=device) / rank**0.5).requires_grad_() for n in widths]
-        dy = [torch.randn(tokens, n, dtype=torch.bfloat16, device=device) for n in widths]
-        inputs.append((x, weights, a, b, dy))
+Run = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, ...]]
 
-    def candidate(run: Callable[..., tuple[Tensor, ...]], adapters: torch.dtype | None) -> Thunk:
-        """`run(x, weights, a, b)` with adapters of that dtype, None for no gradients of adapters."""
-        prepared = []
-        for x, weights, a, b, dy in inputs:
-            own = [[t.detach().to(adapters or t.dtype).requires_grad_() for t in side] for side in (a, b)]
-            prepared.append((x, weights, *own, dy))
 
-        def call() -> None:
-            for x, weights, a, b, dy in prepared:
-                torch.autograd.grad(run(x, weights, a, b), [x, *a, *b] if adapters else [x], dy)
-
-        return call
+def methods(dropout_p: float, *, compile: bool = False) -> dict[str, tuple[Run, torch.dtype | None]]:
+    """name -> `run(x, weights, a, b)` of projections that share x, and the dtype of its adapters, None where frozen."""
 
     def forge(x: Tensor, weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, ...]:
         options = {"scaling": SCALING, "dropout_p": dropout_p, "dropout_seed": 1 if dropout_p else None}
@@ -60,7 +42,7 @@ def layers(tokens: int, groups: list[Group], rank: int, dropout_p: float, device
             return (lora_linear(x, weights[0], a[0], b[0], **options),)
         return lora_linear(x, weights, a, b, **options)
 
-    def each(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    def each(function: Callable[..., Tensor]) -> Run:
         """One call per projection; autograd adds up the gradients of x."""
         return lambda x, weights, a, b: tuple(
             function(x, w, ai, bi, SCALING, dropout_p) for w, ai, bi in zip(weights, a, b, strict=True)
@@ -70,17 +52,47 @@ def layers(tokens: int, groups: list[Group], rank: int, dropout_p: float, device
         return tuple(F.linear(x, weight) for weight in weights)
 
     half, single = torch.bfloat16, torch.float32
-    candidates: Candidates = {
-        "forge": candidate(forge, single),
-        "floor: frozen matmuls": candidate(frozen, None),
-        "PEFT bf16": candidate(each(peft), half),
-        "PEFT default": candidate(each(peft), single),
-        "Unsloth-style": candidate(each(unsloth_style), single),
-        "LoRAFusion's scheme": candidate(each(lorafusion_scheme), single),
+    found: dict[str, tuple[Run, torch.dtype | None]] = {
+        "forge": (forge, single),
+        "floor: frozen matmuls": (frozen, None),
+        "PEFT bf16": (each(peft), half),
+        "PEFT default": (each(peft), single),
+        "Unsloth-style": (each(unsloth_style), single),
+        "LoRAFusion's scheme": (each(lorafusion_scheme), single),
     }
-    if compile:
-        candidates["PEFT bf16 compiled"] = candidate(each(compiled(peft)), half)
-    return candidates
+    return found | ({"PEFT bf16 compiled": (each(compiled(peft)), half)} if compile else {})
+
+
+def projections(k: int, widths: tuple[int, ...], rank: int, device: str) -> tuple[list[Tensor], ...]:
+    """Weights and float32 adapters a, b of projections that share an input of width k."""
+    weights = [(torch.randn(n, k, device=device) / k**0.5).bfloat16() for n in widths]
+    a = [torch.randn(rank, k, device=device) / k**0.5 for _ in widths]
+    return weights, a, [torch.randn(n, rank, device=device) / rank**0.5 for n in widths]
+
+
+def adapters_as(dtype: torch.dtype | None, *sides: list[Tensor]) -> list[list[Tensor]]:
+    """Copies of adapters to be trained, in a dtype of their own; None leaves them out of training."""
+    return [[t.detach().to(dtype or t.dtype).requires_grad_(dtype is not None) for t in side] for side in sides]
+
+
+def layers(tokens: int, groups: list[Group], rank: int, dropout_p: float, device: str, *, compile: bool) -> Candidates:
+    """Candidates that run every group forward and backward, one after another."""
+    inputs = []
+    for k, widths in groups:
+        x = torch.randn(tokens, k, dtype=torch.bfloat16, device=device, requires_grad=True)
+        dy = [torch.randn(tokens, n, dtype=torch.bfloat16, device=device) for n in widths]
+        inputs.append((x, *projections(k, widths, rank, device), dy))
+
+    def candidate(run: Run, dtype: torch.dtype | None) -> Thunk:
+        prepared = [(x, weights, *adapters_as(dtype, a, b), dy) for x, weights, a, b, dy in inputs]
+
+        def call() -> None:
+            for x, weights, a, b, dy in prepared:
+                torch.autograd.grad(run(x, weights, a, b), [x, *a, *b] if dtype else [x], dy)
+
+        return call
+
+    return {name: candidate(*method) for name, method in methods(dropout_p, compile=compile).items()}
 
 
 def work(tokens: int, groups: list[Group], rank: int) -> dict[str, float]:
