@@ -173,7 +173,8 @@ def peer(module: str, make: Callable[[], Thunk], *, rounds: int = 0) -> "Lazy | 
         make: builds the call; not run before the candidate is tried.
         rounds: for a `Slow` candidate.
     """
-    if importlib.util.find_spec(module) is None:
+    parts = module.split(".")  # finding a submodule imports its parents: they come first
+    if not all(importlib.util.find_spec(".".join(parts[: i + 1])) for i in range(len(parts))):
         return Missing(f"{module} is not installed")
     return Slow(Lazy(make), rounds) if rounds else Lazy(make)
 

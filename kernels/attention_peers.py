@@ -27,6 +27,8 @@ from .gpu.attention_tiles import check_plan
 from .registry import Refusal
 
 Options = dict[str, Any]
+_FLASH = "flash_attn_varlen_func"
+_VARLEN = "torch.nn.attention.varlen"
 
 
 def _flash_options(call: AttentionCall, longest: int, unlimited: int | None = -1) -> Options:
@@ -50,7 +52,9 @@ def _varlen_options(call: AttentionCall, longest: int) -> Options:
         "cu_seq_q": call.cu_seqlens, "cu_seq_k": call.cu_seqlens, "max_q": longest, "max_k": longest,
         "scale": call.scale, "window_size": (left, 0 if call.causal else right),
     }  # fmt: skip
-    return options if call.q.shape[1] == call.k.shape[1] else options | {"enable_gqa": True}
+    # torch 2.11 takes fewer key/value heads as they come, later versions want to be told.
+    told = call.q.shape[1] != call.k.shape[1] and "enable_gqa" in _arguments(_VARLEN, "varlen_attn")
+    return options | {"enable_gqa": True} if told else options
 
 
 def _cudnn_options(call: AttentionCall, longest: int) -> Options:
@@ -159,7 +163,8 @@ class Peer:
         if plan.tokens == 0:
             return torch.cat([rows[0], tail])
         out = self.load()(*rows, **self.options(call, plan.max_seqlen))
-        return torch.cat([out[0] if isinstance(out, tuple) else out, tail])
+        out = out[0] if isinstance(out, tuple) else out
+        return torch.cat([out, tail]) if tail.shape[0] else out
 
     def refusals(self) -> tuple[type[Exception], ...]:
         """The exceptions by which the package may say that it does not take a call after all."""
@@ -213,7 +218,6 @@ def _arguments(module: str, function: str) -> Collection[str] | str:
         return f"{module}.{function} cannot be imported: {error}"
 
 
-_FLASH = "flash_attn_varlen_func"
 # flash-attn 3 has no repeatable backward pass at head dimension 256, flash-attn 4 no plain softcap with a gradient.
 PEERS = {
     "flash_attn_3": Peer(
@@ -226,7 +230,6 @@ PEERS = {
         repeats_on=(90, 110), errors=("cudnnGraphNotSupportedError",),
     ),
     "varlen_attn": Peer(
-        "torch.nn.attention.varlen", "torch.nn.attention.varlen", "varlen_attn", _varlen_options, (80, 130), 256,
-        asks_torch=True,
+        _VARLEN, _VARLEN, "varlen_attn", _varlen_options, (80, 130), 256, asks_torch=True
     ),
 }  # fmt: skip

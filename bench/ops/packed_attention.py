@@ -82,7 +82,8 @@ def candidates(pack: Pack, backward: bool, device: str, varlen: bool) -> Candida
             result[label] = Missing("; ".join(reasons)) if reasons else candidate(call)
         inputs = (q, k, v, cu_seqlens, max(lengths))
         result["torch varlen_attn"] = peer("torch", lambda: candidate(peers.torch_varlen(*inputs)))
-        result["flash-attn"] = peer("flash_attn", lambda: candidate(peers.flash_attn_varlen(*inputs)))
+        for name, module in peers.FLASH_ATTN.items():
+            result[name] = peer(module, lambda name=name: candidate(peers.flash_attn(name, *inputs)))
     return result
 
 

@@ -1,5 +1,6 @@
 """Attention inside the documents of a pack, as others do it. q [tokens, heads, d], k and v [tokens, kv_heads, d]."""
 
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -54,11 +55,23 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Calla
     return call
 
 
-def flash_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Callable[[], Tensor]:
-    """The flash-attn package's function for packs."""
-    from flash_attn import flash_attn_varlen_func
+FLASH_ATTN = {
+    "flash-attn 2": "flash_attn_2_cuda",
+    "flash-attn 3": "flash_attn_interface",
+    "flash-attn 4": "flash_attn.cute",
+}
 
-    return lambda: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+def flash_attn(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Callable[[], Tensor]:
+    """A flash-attn package's function for packs; `name` is a key of FLASH_ATTN, whose values tell that it is there."""
+    module = importlib.import_module("flash_attn" if name == "flash-attn 2" else FLASH_ATTN[name])
+    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+    def call() -> Tensor:
+        out = module.flash_attn_varlen_func(q, k, v, **options, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
 
 
 def torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Callable[[], Tensor]:

@@ -68,7 +68,7 @@ def test_a_child_that_dies_or_hangs_costs_one_row() -> None:
 def test_dry_run_names_every_peer_of_the_gpu_suite() -> None:
     text = listing(registry.load("gpu"))
     assert "cannot be built" not in text
-    for peer in ("PEFT default", "Unsloth-style", "LoRAFusion's scheme", "Liger", "cut-cross-entropy", "flash-attn"):
+    for peer in ("PEFT default", "Unsloth-style", "LoRAFusion's scheme", "Liger", "cut-cross-entropy", "flash-attn 4"):
         assert f"  {peer}: " in text
     assert "Llama-3-8B layer, 7 projections" in text and "8192x4096x128256" in text
 
