@@ -4,7 +4,7 @@
 # PYTHON  an interpreter of that machine's version, with its headers and pip; default: python3.12
 #
 # kernels/_data.*.so          the data plane for PYTHON, beside _C.so and _C_cuda.so, which serve any Python and torch
-# carry/peers.tar.xz          peers of the benchmark that are Python alone
+# carry/peers.tar.xz          Liger, cut-cross-entropy, cuDNN's frontend
 # carry/flash-attn-4.tar.xz   flash-attn 4 and the CUTLASS DSL that it compiles with (68 MB, four minutes of xz)
 #
 # Take kernels/*.so and carry/ along with the tree. The other machine has a CUDA build of torch, pytest, pytest-xdist,
@@ -37,7 +37,7 @@ pack() {
   mv "carry/$name.tar.xz.partial" "carry/$name.tar.xz"
   rm -rf "$site"
 }
-pack peers liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+pack peers liger-kernel==0.8.5 cut-cross-entropy==25.1.1 nvidia-cudnn-frontend==1.32.0
 dsl=4.8.1
 pack flash-attn-4 flash-attn-4==4.0.0b36 quack-kernels==0.6.5 nvidia-cutlass-dsl==$dsl nvidia-cutlass-dsl-libs-core==$dsl \
   nvidia-cutlass-dsl-libs-base==$dsl nvidia-cutlass-dsl-libs-cu13==$dsl apache-tvm-ffi==0.1.15.post2 \
