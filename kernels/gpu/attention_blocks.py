@@ -25,6 +25,7 @@ class Blocks:
     num_warps: int
     num_stages: int
     registers: int | None = None  # a thread's; without it ptxas may aim at more programs, and spill for that
+    edge_stages: int | None = None  # of dK/dV's edges, if others: loads ahead take registers, edges are short
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n} edge {self.edge_n} w{self.num_warps} s{self.num_stages}"
@@ -37,8 +38,8 @@ class Kernels:
     forward: Blocks
     dq: Blocks
     dkdv: Blocks
-    dkdv_tight: Blocks | None = None  # as many keys and fewer queries, for calls with which dkdv would spill:
-    tight: tuple[str, ...] = ("pointers", "softcap", "two-sided window", "parents")  # those; see packed_attention.py
+    dkdv_tight: Blocks | None = None  # as many keys, at most as many queries, for calls with which dkdv would spill:
+    tight_from: int = 1  # those of this `crowding` (packed_attention.py), or more
     forward_shared: Blocks | None = None  # as many rows, where forward would spill with parents
     # Timed against the first ones on the GPU, for the calls of `alternatives`. The same lists of tiles serve them all:
     # as many rows and as large edges, fewer columns at a time, other warps and stages.
@@ -68,20 +69,22 @@ _HALF = {
         Blocks(128, 128, 64, 8, 2),
         Blocks(64, 128, 0, 8, 2),
         Blocks(32, 128, 0, 8, 2),
-        ("pointers", "softcap", "two-sided window", "parents", "few heads"),
         other_forward=(Blocks(128, 64, 64, 8, 3), Blocks(128, 128, 64, 8, 3)),
         other_dq=(Blocks(128, 64, 64, 8, 3),),
         other_dkdv=(Blocks(32, 128, 0, 8, 3),),
     ),
     (90, 256): Kernels(
-        Blocks(128, 64, 32, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2), Blocks(16, 64, 0, 8, 2)
+        Blocks(128, 64, 32, 8, 2),
+        Blocks(128, 32, 32, 8, 2),
+        Blocks(32, 64, 0, 8, 2),
+        Blocks(16, 64, 0, 8, 2),
+        tight_from=2,
     ),
     (100, 64): Kernels(
         Blocks(64, 128, 64, 4, 2),
         Blocks(64, 128, 64, 4, 2),
         Blocks(64, 128, 0, 8, 2),
-        Blocks(32, 128, 0, 8, 2, 255),
-        ("pointers", "few heads, softcap", "few heads, parents"),
+        Blocks(64, 128, 0, 8, 2, 255, 1),
         other_forward=(Blocks(64, 64, 64, 4, 3),),
         other_dq=(Blocks(64, 64, 64, 4, 3),),
         other_dkdv=(Blocks(32, 128, 0, 8, 2, 255),),
@@ -90,12 +93,18 @@ _HALF = {
         Blocks(128, 128, 64, 8, 2),
         Blocks(128, 128, 64, 8, 2),
         Blocks(64, 128, 0, 8, 2),
-        Blocks(32, 128, 0, 8, 2, 255),
+        Blocks(32, 128, 0, 8, 2, 255, 1),
         other_forward=(Blocks(128, 64, 64, 8, 3),),
         other_dq=(Blocks(128, 64, 64, 8, 2),),
         other_dkdv=(Blocks(32, 128, 0, 8, 3, 255),),
     ),
-    (100, 256): Kernels(Blocks(64, 64, 64, 8, 2), Blocks(128, 32, 32, 8, 2), Blocks(32, 64, 0, 8, 2)),
+    (100, 256): Kernels(
+        Blocks(64, 64, 64, 8, 2),
+        Blocks(128, 32, 32, 8, 2),
+        Blocks(32, 64, 0, 8, 2),
+        Blocks(32, 64, 0, 8, 1),
+        tight_from=2,
+    ),
     (80, 64): Kernels(
         Blocks(128, 64, 64, 4, 2),
         Blocks(64, 64, 64, 4, 2),

@@ -133,21 +133,17 @@ def packed_attention_backward(
     sizes = _chosen(table, "dkdv", blocks[2], q, dout)
     group = q.shape[1] // kv_heads
     descriptors = _query_descriptors(q, dout, sizes.block_m, group)
-    crowded = {
-        "pointers": descriptors[0] is None,
-        "softcap": softcap > 0,
-        "two-sided window": window > 0 and not causal,
-        "parents": dkdv_context is not None,
-        "few heads": group < 4,
-        "few heads, softcap": group < 4 and softcap > 0,
-        "few heads, parents": group < 4 and dkdv_context is not None,
-    }
-    if sizes is table.dkdv and table.dkdv_tight and any(crowded[cause] for cause in table.tight):
+    # What the call wants registers for: most, if addresses of rows, or of a range of columns.
+    crowding = 1 if softcap > 0 or group < 4 or (window > 0 and not causal) else 0
+    if descriptors[0] is None or dkdv_context is not None:
+        crowding = 2
+    if sizes is table.dkdv and table.dkdv_tight and crowding >= table.tight_from:
         sizes = table.dkdv_tight
         descriptors = _query_descriptors(q, dout, sizes.block_m, group)
     dkdv_kernel[dkdv_tiles.shape[0] * kv_heads,](
         q, k, v, dout, lse, delta, dk, dv, *descriptors, dkdv_tiles, dkdv_context, *scalars, *_strides(q, k, v, dout),
-        **constants, **_sizes(sizes), SHARED=dkdv_context is not None, TMA=descriptors[0] is not None,
+        **constants, **_sizes(sizes), EDGE_STAGES=sizes.edge_stages, SHARED=dkdv_context is not None,
+        TMA=descriptors[0] is not None,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -237,11 +237,12 @@ def _dkdv_edges(
     factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, WGMMA: tl.constexpr, SOME: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds the edges of a range of packed queries to dK and dV."""
     m = tl.arange(0, BLOCK_M)
 
-    for i in range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK_M, SOME)):
+    for i in tl.range(edge_blocks(col_start, full_start, full_end, col_end, BLOCK_M, SOME), num_stages=STAGES):
         col, limit = edge_columns(i, col_start, full_start, full_end, col_end, BLOCK_M)
         token = col // GROUP
         local = col - token * GROUP + m
@@ -312,7 +313,7 @@ def dkdv_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr, SHARED: tl.constexpr,
-    TMA: tl.constexpr, WGMMA: tl.constexpr,
+    TMA: tl.constexpr, WGMMA: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys: a loop over the packed queries, of the whole group, that see it."""
     # Columns are packed rows here.
@@ -342,7 +343,7 @@ def dkdv_kernel(
             dk_acc, dv_acc = _dkdv_edges(
                 q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end,
                 col_end, gap, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D,
-                BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, WGMMA, False,
+                BLOCK_M, CAUSAL, WINDOWED, SOFTCAP, FLOAT32, WGMMA, False, EDGE_STAGES,
             )  # fmt: skip
         for at in range(place, last, 5):
             _, full_start, full_end, _, _ = context_range(context + at, GROUP, BLOCK_M)
@@ -355,7 +356,7 @@ def dkdv_kernel(
         dk_acc, dv_acc = _dkdv_edges(
             q, dout, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, key, col_start, full_start, full_end, col_end,
             0, factor, cap, window, stride_qt, stride_qh, stride_gt, stride_gh, GROUP, D, BLOCK_D, BLOCK_M, CAUSAL,
-            WINDOWED, SOFTCAP, FLOAT32, WGMMA, WGMMA,
+            WINDOWED, SOFTCAP, FLOAT32, WGMMA, WGMMA, EDGE_STAGES,
         )  # fmt: skip
         dk_acc, dv_acc = _dkdv_interior(
             q, dout, q_desc, dout_desc, lse, lse_low, delta, k_tile, v_tile, dk_acc, dv_acc, head, key, full_start,
