@@ -5,7 +5,8 @@
 if __name__ == "forge_core.kernels":
     from .add_rms_norm import add_rms_norm
     from .decode_attention import decode_attention
-    from .decode_layers import DecodeLayer, DecodeLinear, DecodeStack, decode_layers
+    from .decode_layers import decode_layers
+    from .decode_stack import DecodeLayer, DecodeLinear, DecodeStack
     from .frozen_linear import frozen_linear
     from .library import empty_cache
     from .linear_argmax import linear_argmax

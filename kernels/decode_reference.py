@@ -1,17 +1,11 @@
 """Plain-torch definition of kernels/decode_layers.py, made of the definitions of kernels/reference.py."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .decode_stack import DecodeLinear, DecodeStack
 from .reference import decode_attention, rms_norm, rope, swiglu
-
-if TYPE_CHECKING:
-    from .decode_layers import DecodeLinear, DecodeStack
 
 
 def decode_layers(
