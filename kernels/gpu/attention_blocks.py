@@ -5,6 +5,7 @@ the op is called, depend on them; nothing here needs triton.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class Kernels:
     def ways(self, kernel: str) -> tuple[Blocks, ...]:
         """The configurations of "forward", "dq" or "dkdv", the default first."""
         return (getattr(self, kernel), *getattr(self, f"other_{kernel}"))
+
+    @cached_property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """Those of the configurations of the three kernels."""
+        return tuple(tuple(map(str, self.ways(kernel))) for kernel in ("forward", "dq", "dkdv"))
 
 
 # Chosen by ahead-of-time compiles (registers, spills, shared memory, programs to a multiprocessor), not by measurement;
@@ -166,8 +172,7 @@ def _block_sizes(device: torch.device, dtype: torch.dtype, d: int) -> tuple[int,
 
 @torch.compiler.assume_constant_result
 def _ways(device: torch.device, dtype: torch.dtype, d: int) -> tuple[tuple[str, ...], ...]:
-    configured = kernels(device, dtype, d)
-    return tuple(tuple(map(str, configured.ways(kernel))) for kernel in ("forward", "dq", "dkdv"))
+    return kernels(device, dtype, d).names
 
 
 def alternatives(

@@ -30,7 +30,7 @@ def _documents(
     softcap: float,
 ) -> Tensor:
     """flash-attn's definition: key j is seen when i - left <= j <= i + right, -1 for no limit."""
-    assert q.shape[0] == bounds[-1]
+    assert q.shape[0] == bounds[-1] and scale >= 0  # packages take the largest logit from the largest product
     document = torch.bucketize(torch.arange(q.shape[0]), torch.tensor(bounds), right=True)
     distance = torch.arange(q.shape[0])[:, None] - torch.arange(q.shape[0])
     seen = document[:, None] == document

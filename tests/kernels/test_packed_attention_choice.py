@@ -1,5 +1,6 @@
 """What "auto" takes on a GPU, and with which blocks: the logic on the CPU, the blocks in Triton's interpreter."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forge_core.kernels import PackPlan, attention_choice, library, reference
+from forge_core.kernels import PackPlan, attention_choice, library, packed_attention, reference
 from forge_core.kernels.attention_call import AttentionCall
 from forge_core.kernels.attention_peers import PEERS, Peer
 from forge_core.kernels.gpu import attention_blocks
@@ -68,8 +69,10 @@ def test_peers_compete_with_the_fastest_of_this_package(tuning: Any, monkeypatch
     def refuses(call: AttentionCall) -> Tensor:
         raise Refusal("RuntimeError: not on this GPU")
 
+    calls = itertools.count()
+
     def shakes(call: AttentionCall) -> Tensor:
-        return _attend(call) * (1 + 1e-6 * torch.rand(()))
+        return _attend(call) * (1 + 1e-4 * next(calls))
 
     own = {"triton": _attend, "gluon_like": _attend}
     peers = {"peer": _attend, "refuses": refuses, "off": lambda call: _attend(call) * 1.2, "shakes": shakes}
@@ -152,6 +155,30 @@ def test_each_kernel_takes_its_own_blocks(tuning: Any, monkeypatch: pytest.Monke
     assert attention_choice.blocks(call, lists, ()) == [1, 0, 2] and not calls
 
 
+@needs_triton
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_break(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+    from forge_core.kernels.gpu import tuning
+
+    monkeypatch.setattr(attention_blocks, "architecture", lambda device: 90)
+    q, k = (torch.ones(50, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+
+    def choices(q: Tensor, k: Tensor) -> Tensor:
+        call = AttentionCall(q, k, k, BOUNDS, None, True, 7, None, 0.3)
+        way = attention_choice.fastest({"triton": _attend, "other": _attend}, {}, call)
+        blocks = attention_choice.blocks(call, (), ())
+        return q.new_tensor([way == "other", *blocks], dtype=torch.int64)
+
+    call = AttentionCall(q, k, k, BOUNDS, None, True, 7, None, 0.3)
+    names = alternatives(q, k, True, None, False)
+    key = attention_choice._size_class(call)
+    known = {f"packed_attention {key}": "other", f"packed_attention blocks {key} dq": names[1][1]}
+    monkeypatch.setattr(tuning, "remembered", lambda key, ways, default: known.get(key, default))
+    monkeypatch.setattr(tuning, "choose", mock.Mock(side_effect=AssertionError("measured")))
+    compiled = torch.compile(choices, fullgraph=True, dynamic=dynamic, backend="eager")
+    assert compiled(q, k).tolist() == [1, 0, 1, 0]
+
+
 def _table() -> dict[tuple[int, int], Kernels]:
     return {key: table for key, table in attention_blocks._HALF.items() if table.other_forward}
 
@@ -199,6 +226,34 @@ def test_matches_reference_with_other_blocks(backend: Backend, window: int | Non
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.packed_attention(q, k, v, bounds, True, window, None, 0.3)
 
+    from forge_core.kernels.gpu import packed_attention as launcher
+
     for place in range(1, max(map(len, ways))):
         blocks = [min(place, len(names) - 1) for names in ways]
-        check_op(partial(attend, blocks=blocks), plain, inputs, device=backend.device)
+        with mock.patch.object(launcher, "_sizes", wraps=launcher._sizes) as sizes:
+            check_op(partial(attend, blocks=blocks), plain, inputs, device=backend.device)
+        ran = [str(call.args[0]) for call in sizes.call_args_list]
+        assert ran == [names[i] for names, i in zip(ways, blocks, strict=True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("planned", [False, True])
+def test_auto_measures_once_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planned: bool) -> None:
+    from forge_core.kernels.gpu import tuning
+
+    monkeypatch.setenv("FORGE_TUNING_CACHE", str(tmp_path / "tuning.json"))
+    monkeypatch.delenv("FORGE_TUNING", raising=False)
+    monkeypatch.setattr(tuning, "_choices", None)
+    inputs = [torch.randn(900, n, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True) for n in (8, 2, 2)]
+    bounds = torch.tensor([0, 700, 703, 880], dtype=torch.int32)
+
+    def attend() -> list[Tensor]:
+        plan = PackPlan(bounds.numpy()) if planned else None
+        out = packed_attention(*inputs, bounds.cuda(), plan=plan)
+        return [out, *torch.autograd.grad(out, inputs, out.detach())]
+
+    expected = attend()
+    assert any(" blocks " in key for key in tuning._known())
+    with mock.patch.object(tuning, "_time", side_effect=AssertionError("measured again")):
+        assert all(torch.equal(a, b) for a, b in zip(attend(), expected, strict=True))
