@@ -2,6 +2,8 @@
 // shapes, dtypes and meaning: the docstring of kernels/<op>.py.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(forge, m) {
   m.def("empty_cache() -> int");
   m.def("scaled(Tensor x, Tensor factor) -> Tensor");
@@ -71,5 +73,16 @@ STABLE_TORCH_LIBRARY(forge, m) {
       "decode_layers(Tensor x, Tensor positions, Tensor[] tables, Tensor(a!)[] keys, Tensor(b!)[] values,"
       " Tensor[] tensors, int[] slots, int[] windows, int[] table_of_layer, int q_heads, str activation, float eps,"
       " float weight_offset, float scale, float softcap) -> Tensor");
+  // The second name of each is the GPU's work, thread by thread on the CPU, for tests.
+  for (const char* name : {"gradient_norm", "gradient_norm_by_blocks"}) {
+    m.def((std::string(name) + "(Tensor[] gradients) -> Tensor").c_str());
+  }
+  for (const char* name : {"adamw_", "adamw_by_blocks_"}) {
+    m.def((std::string(name) +
+           "(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq,"
+           " Tensor(d!) steps, Tensor(e!)[] rounded, Tensor lr_scales, Tensor weight_decays, float learning_rate,"
+           " Tensor? learning_rate_tensor, float beta1, float beta2, float eps, Tensor? norm, float max_norm) -> ()")
+              .c_str());
+  }
   m.def("has_bf16_dot_product() -> bool");
 }

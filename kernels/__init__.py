@@ -3,11 +3,13 @@
 # With the source folder on sys.path (`python -m pytest`, `python -c`) transformers takes this folder for the package
 # `kernels` and imports it: it must then find an empty module, not load the op libraries a second time.
 if __name__ == "forge_core.kernels":
+    from .adamw import AdamWTensors, adamw_
     from .add_rms_norm import add_rms_norm
     from .decode_attention import decode_attention
     from .decode_layers import decode_layers
     from .decode_stack import DecodeLayer, DecodeLinear, DecodeStack
     from .frozen_linear import frozen_linear
+    from .gradient_norm import gradient_norm
     from .library import empty_cache
     from .linear_argmax import linear_argmax
     from .linear_token_logprobs import linear_token_logprobs
@@ -22,6 +24,7 @@ if __name__ == "forge_core.kernels":
     from .weighted_linear_cross_entropy import MixingLoss, weighted_linear_cross_entropy
 
 __all__ = [
+    "AdamWTensors",
     "DecodeLayer",
     "DecodeLinear",
     "DecodeStack",
@@ -29,6 +32,7 @@ __all__ = [
     "PackPlan",
     "PolicyLoss",
     "TokenMixer",
+    "adamw_",
     "add_rms_norm",
     "available_backends",
     "decode_attention",
@@ -36,6 +40,7 @@ __all__ = [
     "document_positions",
     "empty_cache",
     "frozen_linear",
+    "gradient_norm",
     "linear_argmax",
     "linear_token_logprobs",
     "lora_linear",

@@ -379,3 +379,43 @@ def linear_argmax(hidden: Tensor, lm_head: Tensor) -> Tensor:
     """Plain-torch definition of kernels/linear_argmax.py."""
     # max takes the first of equals, as argmax does, and is several times faster in bfloat16.
     return F.linear(hidden, lm_head).max(dim=-1).indices
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """Square root of the sum of squares, summed in float64."""
+    total = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+    return total.sqrt().to(max(map(compute_dtype, gradients), key=lambda dtype: dtype.itemsize))
+
+
+def adamw_(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: Tensor,
+    rounded: list[Tensor],
+    lr_scales: Tensor,
+    weight_decays: Tensor,
+    learning_rate: float,
+    learning_rate_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    norm: Tensor | None,
+    max_norm: float,
+) -> None:
+    """AdamW as in kernels/adamw.py; tensors of bools stand for gradients and rounded tensors that are not there."""
+    rate = learning_rate if learning_rate_tensor is None else learning_rate_tensor.double()
+    clip = 1.0 if norm is None else (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+    for i, (p, gradient, m, v) in enumerate(zip(parameters, gradients, exp_avg, exp_avg_sq, strict=True)):
+        if gradient.dtype == torch.bool:
+            continue
+        steps[i] += 1
+        step, eta = steps[i].double(), rate * lr_scales[i].double()
+        g = gradient.to(p.dtype) * clip
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.mul_(1 - eta * weight_decays[i].double())
+        p.sub_(eta / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt() + eps))
+        if rounded and rounded[i].dtype != torch.bool:
+            rounded[i].copy_(p)

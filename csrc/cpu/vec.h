@@ -15,6 +15,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Storage of a float16 number.
+struct half {
+  uint16_t bits;
+};
+
 namespace FORGE_ISA {
 
 inline float to_float(float x) { return x; }
@@ -24,6 +29,31 @@ inline float to_float(bf16 x) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Without a conversion instruction, which AVX2 alone does not have: exponent and mantissa move into place and the
+// exponent's bias goes from 15 to 127.
+inline float to_float(half x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t normal = magnitude + (112u << 23);
+  const uint32_t infinite = magnitude + (224u << 23);  // exponent 31 becomes 255: infinity or NaN
+  // Exponent 0: mantissa * 2^-24, by way of a number in [2^-14, 2^-13).
+  const uint32_t denormal = bits_of_float(float_of_bits(magnitude + (113u << 23)) - 6.103515625e-05f);
+  const uint32_t bits = magnitude >= (31u << 23) ? infinite : (magnitude < (1u << 23) ? denormal : normal);
+  return float_of_bits(bits | sign);
 }
 
 template <class T>
@@ -42,6 +72,20 @@ inline bf16 from_float<bf16>(float x) {
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet_nan = (bits >> 16) | 0x40u;
   return bf16{static_cast<uint16_t>(x != x ? quiet_nan : rounded)};
+}
+
+// Round to nearest, ties to even; infinity from 65520 on; NaN stays NaN.
+template <>
+inline half from_float<half>(float x) {
+  const uint32_t all = bits_of_float(x);
+  const uint32_t sign = (all >> 16) & 0x8000u, magnitude = all & 0x7fffffffu;
+  // The bias goes from 127 to 15, then 13 bits of the mantissa are rounded away; a carry belongs into the exponent.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 adding 0.5 rounds at 2^-24, the spacing of float16 there, and leaves the mantissa in the lowest bits.
+  const uint32_t denormal = bits_of_float(float_of_bits(magnitude) + 0.5f) - (126u << 23);
+  const uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
+  const uint32_t infinite = magnitude > (255u << 23) ? 0x7e00u : 0x7c00u;
+  return half{static_cast<uint16_t>((magnitude >= 0x477ff000u ? infinite : finite) | sign)};
 }
 
 // e^x by 2^n * p(r), |r| <= ln(2)/2, p the Taylor polynomial of degree 7: relative error below 2 float32 ulp.

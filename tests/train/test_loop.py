@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forge_core.data import Tokenizer
 from forge_core.data.pack import assemble_pack
-from forge_core.kernels import weighted_linear_cross_entropy
+from forge_core.kernels import gradient_norm, weighted_linear_cross_entropy
 from forge_core.model import load_adapter, load_model
 from forge_core.recipe import Recipe
 from forge_core.train import NonFiniteError, ResumeError, train
@@ -183,8 +183,8 @@ def test_a_loss_that_explodes_stops_the_run_and_names_the_samples(world: Path, t
 def test_a_gradient_that_is_not_finite_stops_the_run(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = torch.nn.utils.get_total_norm
-    monkeypatch.setattr("forge_core.train.optimizer.get_total_norm", lambda gradients: real(gradients) * float("nan"))
+    real = gradient_norm
+    monkeypatch.setattr("forge_core.train.optimizer.gradient_norm", lambda gradients: real(gradients) * float("nan"))
     with pytest.raises(NonFiniteError, match=r"step 1: the gradient \(norm nan\) is not finite.*domain.jsonl:\d"):
         train(recipe(world, tmp_path), console=QUIET)
     assert checkpoint_paths(tmp_path) == []

@@ -1,8 +1,13 @@
 """MasterAdamW against torch's AdamW in float64, its groups, its float32 masters and its state."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from forge_core.train import MasterAdamW
 
@@ -141,3 +146,46 @@ def test_state_of_another_model_is_refused() -> None:
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         MasterAdamW({"w": nn.Parameter(torch.zeros(1), requires_grad=False)})
+
+
+def test_gradient_of_a_single_pack_is_not_widened() -> None:
+    # It would be read as float32 from then on: twice the bytes, the same numbers.
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"w": weight})
+    weight.sum().backward()
+    assert optimizer._gradients["w"].dtype == torch.bfloat16
+    weight.sum().backward()
+    assert optimizer._gradients["w"].dtype == torch.float32
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    # Shards of three rows, of four and three, of one and none; one copy on each rank.
+    layouts = {"a": Shard(0), "b": Shard(0), "c": Shard(0), "d": Replicate()}
+    torch.manual_seed(0)
+    whole = {name: torch.randn(rows, 5) for name, rows in zip(layouts, (6, 7, 1, 3), strict=True)}
+
+    def shared(name: str, value: Tensor) -> Tensor:
+        return distribute_tensor(value.clone(), mesh, [layouts[name]])
+
+    ours = {name: nn.Parameter(shared(name, value)) for name, value in whole.items()}
+    alone = {name: nn.Parameter(value.clone()) for name, value in whole.items()}
+    optimizers = [MasterAdamW(named, weight_decay=0.1, max_grad_norm=0.5) for named in (ours, alone)]
+    for step in range(3):
+        for name, gradient in gradients(step, alone).items():
+            ours[name].grad, alone[name].grad = shared(name, gradient), gradient
+        norms = [optimizer.step(1e-2) for optimizer in optimizers]
+        torch.testing.assert_close(*norms)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.full_tensor(), alone[name])
+    sharded, state = (optimizer.state_tensors() for optimizer in optimizers)
+    for name, tensor in state.items():
+        saved = sharded[name]
+        torch.testing.assert_close(saved if name.startswith("steps") else saved.full_tensor(), tensor)  # type: ignore[operator]
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_trained_as_whole_ones(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), 2)
