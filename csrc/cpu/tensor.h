@@ -98,7 +98,7 @@ void dispatch_float_bf16(const Tensor& x, const char* argument, const F& f) {
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }
 
