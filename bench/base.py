@@ -115,8 +115,8 @@ def serve(suite: str) -> None:
 
     import forge_core.kernels
     from bench import registry, timing
+    from bench.measure import try_once
     from bench.registry import suite_device
-    from bench.run import try_once
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not get between the answers

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench import registry, report
+from bench.measure import measure
 from bench.registry import Workload, suite_device
 from bench.timing import Roofline
 
@@ -25,7 +26,7 @@ LIMIT = 240.0  # seconds for one workload, compiling and autotuning included
 
 
 class Isolated:
-    """Measures workloads in a child process; `measure` fits in for `bench.run.measure`."""
+    """Measures workloads in a child process; `measure` fits in for `bench.measure.measure`."""
 
     def __init__(self, suite: str, seconds: float, peers: str, limit: float = LIMIT) -> None:
         self._arguments = [suite, str(seconds), peers]
@@ -81,8 +82,6 @@ def _read(child: "subprocess.Popen[str]", answers: "queue.Queue[str]") -> None:
 
 def serve(suite: str, seconds: float, peers: str) -> None:
     """The child: one workload a line on standard input, its row as a line on standard output."""
-    from bench.run import measure
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not get between the rows
     known = {workload.name: workload for workload in registry.load(suite)}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import memory, readme, registry, report, timing
+from bench.measure import measure
 from bench.registry import Remote, Slow, Workload
-from bench.run import measure
 
 ROOT = Path(__file__).parents[2]
 ROOFLINE = timing.Roofline({"float32": 1e9, "bfloat16": 2e9}, copy=1e9)
