@@ -48,11 +48,19 @@ struct Values {
   float v[kPack];
 };
 
+// A GPU cannot read or write a pack just anywhere. The CPU can: so the twin looks whether the GPU could.
+FORGE_ALWAYS_INLINE void check_address(const void* x, size_t bytes) {
+#if !defined(__CUDA_ARCH__)
+  FORGE_CHECK(reinterpret_cast<uintptr_t>(x) % bytes == 0, "address", x, "a multiple of " << bytes);
+#endif
+}
+
 // Values i to i + count of x; kWhole: count is kPack and the address fits an access to all of them.
 template <bool kWhole, class T>
 FORGE_ALWAYS_INLINE Values load(const T* x, int64_t i, int count) {
   Values result{};
   if constexpr (kWhole) {
+    check_address(x + i, sizeof(Pack<T, kPack>));
     const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(x + i);
     for (int k = 0; k < kPack; ++k) result.v[k] = to_float(pack.values[k]);
   } else {
@@ -68,6 +76,7 @@ FORGE_ALWAYS_INLINE void store(T* x, int64_t i, int count, const Values& values)
   if constexpr (kWhole) {
     Pack<T, kPack> pack;
     for (int k = 0; k < kPack; ++k) pack.values[k] = from_float<T>(values.v[k]);
+    check_address(x + i, sizeof(pack));
     if constexpr (sizeof(pack) == sizeof(uint64_t)) {  // as a struct it would be stored value by value
       uint64_t word;
       memcpy(&word, &pack, sizeof(word));
