@@ -63,7 +63,7 @@ def run(ways: tuple[bool, bool, bool], call: AttentionCall) -> Tensor:
     if scale < 0:  # the kernel takes the largest logit from the largest product
         q, scale = -q, -scale
     pingpong, *wanted = ways
-    takes = hopper_backward_takes(q, k, softcap, parents is not None)
+    takes = hopper_backward_takes(q, k)
     dq, dkdv = (way and taken for way, taken in zip(wanted, takes, strict=True))
     tiles = tile_lists(q, k, cu_seqlens, plan, causal, window, hopper_tile_sizes(q, k, dq, dkdv), parents)
     lists, context, options = tiles[:3], tiles[3:], (causal, window or 0, softcap or 0.0, scale)

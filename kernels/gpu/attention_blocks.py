@@ -203,7 +203,7 @@ def tile_sizes(q: Tensor, k: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 HOPPER_ROWS = 128  # packed rows of a tile of the Gluon kernel, packed_attention_hopper.py
-HOPPER_KEYS, HOPPER_QUERIES = 128, 64  # of a tile and of a block (packed rows) of packed_attention_hopper_backward.py
+HOPPER_KEYS, HOPPER_QUERIES = 128, 32  # of a tile, and (packed rows) of a block with a mask, for dK and dV in Gluon
 HOPPER_DQ_KEYS = 64  # of a block of packed_attention_hopper_dq.py, whose tiles have HOPPER_ROWS
 
 
@@ -217,13 +217,10 @@ def hopper_edge(d: int) -> int:
     return 64 if d <= 128 else 32
 
 
-def hopper_backward_takes(q: Tensor, k: Tensor, softcap: float | None, shared: bool) -> tuple[bool, bool]:
-    """Whether there are Gluon kernels for dQ, and for dK and dV: what they have registers for. `shared`: parents."""
+def hopper_backward_takes(q: Tensor, k: Tensor) -> tuple[bool, bool]:
+    """Whether there are Gluon kernels for dQ, and for dK and dV: what they have registers for."""
     group, d = q.shape[1] // k.shape[1], q.shape[2]
-    dkdv = padded_group(group) == group <= HOPPER_QUERIES // 2 and d in (64, 128)
-    if shared and group == 1 and d == 128:
-        dkdv = False
-    return d <= 128 and not softcap, dkdv and not softcap
+    return d <= 128, padded_group(group) == group <= HOPPER_QUERIES and d in (64, 128)
 
 
 def hopper_tile_sizes(q: Tensor, k: Tensor, gluon_dq: bool, gluon_dkdv: bool) -> tuple[tuple[int, int], ...]:
@@ -234,7 +231,7 @@ def hopper_tile_sizes(q: Tensor, k: Tensor, gluon_dq: bool, gluon_dkdv: bool) ->
     if gluon_dq:
         dq = (rows, HOPPER_DQ_KEYS)
     if gluon_dkdv:
-        dkdv = (HOPPER_KEYS, HOPPER_QUERIES // 2 // group)
+        dkdv = (HOPPER_KEYS, HOPPER_QUERIES // group)
     return (rows, hopper_edge(q.shape[2])), dq, dkdv
 
 

@@ -3,19 +3,10 @@
 As attention_common.py, in Gluon; tests/gpu/gluon_simulator.py runs this file too.
 """
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-
-def described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """x for the copy engine, in blocks that wgmma can read."""
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
 @gluon.jit
@@ -25,6 +16,12 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(made.index(i), count=ARRIVALS)
     return made
+
+
+@gluon.jit
+def wide(count):
+    """As 64 bits. Unsigned: the sign of an argument would be computed before the partitions, and kept for all."""
+    return gl.cast(gl.cast(count, gl.uint32), gl.int64)
 
 
 @gluon.jit
@@ -113,6 +110,15 @@ def advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def in_order(barrier, phase):
+    """A wait that no result depends on: ptxas takes the wait for a product up past exponentials, but not past a branch.
+
+    That of a barrier which is long complete is one, and has to be passed every time.
+    """
+    mbarrier.wait(barrier, phase)
+
+
+@gluon.jit
 def fetch(source, at, slot, ready, free, phase, BYTES: gl.constexpr):
     """Starts the copy of a block into a slot once its readers have left it."""
     mbarrier.wait(free, phase ^ 1)
@@ -163,12 +169,20 @@ def visible(query, key, limit, window, CAUSAL: gl.constexpr, WINDOWED: gl.conste
 
 
 @gluon.jit
-def capped(product, factor, cap):
-    """Soft-capped logits in base 2. accurate_tanh of attention_common.py."""
-    x = product * factor
+def accurate_tanh(x):
+    """As that of attention_common.py."""
     z = x * x
     tail = -0.333333304 + z * (0.13332924 + z * (-0.0538751382 + z * (0.021116214 + z * -0.00627638759)))
-    return cap * gl.where(z < 0.36, x + x * z * tail, 1 - 2 / (gl.exp2(2.8853900817779268 * x) + 1))
+    return gl.where(z < 0.36, x + x * z * tail, 1 - 2 / (gl.exp2(2.8853900817779268 * x) + 1))
+
+
+@gluon.jit
+def base2_logits(product, factor, cap, SOFTCAP: gl.constexpr):
+    """Base-2 logits, and tanh of the capped ones, which the gradient needs."""
+    if SOFTCAP:
+        tanh = accurate_tanh(product * factor)
+        return tanh * cap, tanh
+    return product * factor, product
 
 
 @gluon.jit
@@ -181,7 +195,7 @@ def softmax(
     row_max = gl.convert_layout(row_max, COLUMN, assert_trivial=True)
     row_sum = gl.convert_layout(row_sum, COLUMN, assert_trivial=True)
     if EDGE or SOFTCAP:
-        logits = capped(s, factor, cap) if SOFTCAP else s * factor
+        logits, _ = base2_logits(s, factor, cap, SOFTCAP)
         if EDGE:
             query = gl.convert_layout(query, COLUMN, assert_trivial=True)
             seen = visible(query[:, None], key[None, :], limit, window, CAUSAL, WINDOWED)
@@ -214,7 +228,7 @@ def store_queries(
     row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
     d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
     stored = (row_start + row // PADDED < row_end) & (row % PADDED < GROUP)
-    out += gl.cast(row_start, gl.int64) * stride_ot + gl.cast(head * GROUP, gl.int64) * stride_oh
+    out += wide(row_start) * wide(stride_ot) + wide(head * GROUP) * wide(stride_oh)
     offsets = row // PADDED * stride_ot + row % PADDED * stride_oh
     inside = stored[:, None] if D == WIDTH else stored[:, None] & (d < D)[None, :]
     gl.store(out + offsets[:, None] + d[None, :], values, mask=inside)
@@ -230,7 +244,7 @@ def store_keys(
     values = gl.convert_layout(acc.to(DTYPE), COPY)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
     d = gl.arange(0, WIDTH, gl.SliceLayout(0, COPY))
-    out += (gl.cast(row_start, gl.int64) * KV_HEADS + head) * D
+    out += (wide(row_start) * KV_HEADS + head) * D
     stored = (row_start + row < row_end)[:, None]
     inside = stored if D == WIDTH else stored & (d < D)[None, :]
     gl.store(out + row[:, None] * (KV_HEADS * D) + d[None, :], values, mask=inside)

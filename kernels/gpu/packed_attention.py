@@ -251,11 +251,9 @@ def workloads() -> list[Workload]:
     for d in (128, 64):
         for place in (1, 2):
             listed += _calls(f"D {d}, blocks {place}", 32, 8, d, True, 0, 0.0, torch.bfloat16, hopper, place)
-    from . import packed_attention_hopper, packed_attention_hopper_backward, packed_attention_hopper_dq
+    from .attention_hopper_workloads import workloads as gluon  # an experimental part of Triton
 
-    for module in (packed_attention_hopper, packed_attention_hopper_dq, packed_attention_hopper_backward):
-        listed += module.workloads()
-    return listed
+    return listed + gluon()
 
 
 def _calls(

@@ -21,11 +21,9 @@ PINGPONG: consumers take turns to start their products, so that the softmax of o
 Otherwise that is left to chance. Values are the same.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -42,10 +40,10 @@ from .attention_hopper_common import (
     barriers,
     bounds,
     clear_rows,
-    described,
     edge_blocks,
     edge_columns,
     fetch,
+    in_order,
     load_item,
     load_places,
     load_range,
@@ -55,11 +53,10 @@ from .attention_hopper_common import (
     softmax,
     start_product,
     store_queries,
+    wide,
 )
-from .packed_attention import _bulk_copies, _factors
-from .workload import Workload, meta, multiprocessors
-
-CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS = 240, 24, 168
+from .attention_hopper_launch import PARTITIONS, described, readable, schedule
+from .packed_attention import _factors
 
 
 @gluon.jit
@@ -123,7 +120,7 @@ def _store(
     row_sum = gl.where(empty, 1.0, row_sum)
     row = gl.arange(0, ROWS, ROW)
     stored = (row_start + row // PADDED < row_end) & (row % PADDED < GROUP)
-    lse += (gl.cast(head, gl.int64) * tokens + row_start) * GROUP
+    lse += (wide(head) * wide(tokens) + row_start) * GROUP
     gl.store(lse + row // PADDED * GROUP + row % PADDED, gl.where(empty, 0.0, row_max + gl.log2(row_sum)), mask=stored)
 
     store_queries(
@@ -211,7 +208,7 @@ def _consume(
                         next_slot, next_phase = advance(slot, phase, STAGES)
                         mbarrier.wait(k_ready.index(next_slot), next_phase)
                         if PINGPONG:
-                            mbarrier.wait(turn.index(W), my_turn)
+                            in_order(turn.index(W), my_turn)
                             my_turn ^= 1
                         k_tile = k_ring.index(next_slot).reshape([BLOCK_N, WIDTH])
                         s = start_product(q_tile, k_tile, ROWS, BLOCK_N, INNER)
@@ -225,8 +222,7 @@ def _consume(
                             s, row_max, row_sum, query, query, 0, factor, cap, window, CAUSAL, WINDOWED, SOFTCAP, False,
                             INNER, ROW,
                         )  # fmt: skip
-                        # Always done: ptxas takes a wait for products up past the exponentials, but not past a branch.
-                        mbarrier.wait(q_ready.index(at), q_phase)
+                        in_order(q_ready.index(at), q_phase)
                         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
                         mbarrier.arrive(v_free.index(slot))
                         acc *= keep[:, None]
@@ -338,56 +334,16 @@ def packed_attention_hopper(
         return out, lse
     padded, width = padded_group(group), max(64, padded_head_dim(d))
     sizes = SIZES[width]
-    items = forward_tiles.shape[0] * kv_heads
-    q, k, v = (x if x.stride(2) == 1 and _bulk_copies(x) else x.contiguous() for x in (q, k, v))
+    items, programs, rounds = schedule(forward_tiles, kv_heads)
+    q, k, v = readable(q, k, v)
     query_block = [HOPPER_ROWS // 2 // padded, padded, width]
-    programs = min(items, multiprocessors(q.device))
     hopper_forward_kernel[(programs,)](
         described(q, query_block),
         *(described(x, [rows, 1, width]) for rows in (sizes.block_n, hopper_edge(d)) for x in (k, v)),
         out, lse, forward_tiles, forward_context, *_factors(softcap, scale), window, tokens, items, programs,
-        triton.cdiv(items, programs), out.stride(0), out.stride(1),
+        rounds, out.stride(0), out.stride(1),
         GROUP=group, KV_HEADS=kv_heads, D=d, BLOCK_N=sizes.block_n, EDGE_N=hopper_edge(d), STAGES=sizes.stages,
         Q_STAGES=sizes.q_stages, CAUSAL=causal, WINDOWED=window > 0, SOFTCAP=softcap > 0,
-        SHARED=forward_context is not None, PINGPONG=pingpong, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
-        PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+        SHARED=forward_context is not None, PINGPONG=pingpong, **PARTITIONS,
     )  # fmt: skip
     return out, lse
-
-
-def workloads() -> list[Workload]:
-    """The packs of packed_attention.py's workloads; sm_90 only."""
-    listed = []
-    calls = [
-        ("D 128", 32, 8, 128, True, 0, 0.0, False), ("D 128, in turns", 32, 8, 128, True, 0, 0.0, True),
-        ("D 64", 32, 8, 64, True, 0, 0.0, False), ("D 96", 32, 8, 96, True, 0, 0.0, False),
-        ("D 256, window", 16, 8, 256, True, 512, 0.0, False),
-        ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0, False),
-        ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0, False),
-        ("D 128, shared prompts", 32, 8, 128, True, 0, 0.0, False),
-        ("D 64, shared prompts, window", 32, 8, 64, True, 512, 0.0, False),
-        ("D 128, shared prompts, window, softcap, in turns", 32, 8, 128, True, 512, 50.0, True),
-        ("D 256, shared prompts, window", 16, 8, 256, True, 512, 0.0, False),
-    ]  # fmt: skip
-    for name, q_heads, kv_heads, d, causal, window, softcap, pingpong in calls:
-        listed.append(_call(name, q_heads, kv_heads, d, causal, window, softcap, pingpong))
-    return listed
-
-
-def _call(
-    name: str, q_heads: int, kv_heads: int, d: int, causal: bool, window: int, softcap: float, pingpong: bool
-) -> Workload:
-    tokens, group = 8192, q_heads // kv_heads
-    q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
-    tiles = meta(16 * math.ceil(512 / (HOPPER_ROWS // padded_group(group))), 8, dtype=torch.int32)
-    options = (causal, window, softcap, d**-0.5, pingpong, True, True)
-    context = (meta(4096, dtype=torch.int32),) if "shared" in name else ()
-    return Workload(
-        f"packed_attention: Gluon forward {name}, {q_heads}/{kv_heads} heads",
-        lambda: packed_attention_hopper(q, kv, kv, tiles, tiles, tiles, *options, *context),
-        4 * tokens * d * (q_heads + kv_heads),
-        round(4 * d * q_heads * tokens * (470 if causal else 940)),
-        ("hopper_forward_kernel",),
-        (90,),
-        ("hopper_forward_kernel",),
-    )  # fmt: skip

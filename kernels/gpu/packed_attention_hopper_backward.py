@@ -1,21 +1,20 @@
 """dK and dV of packed_attention for Hopper, in Gluon: as packed_attention_hopper.py, with rows and columns exchanged.
 
 A tile owns 128 keys of one key/value head, 64 to each consumer, and loops over the packed queries of the whole group
-that see them, 64 at a time: no sums across programs. Per block a consumer has four products of 64 x 64 x D,
+that see them, 64 at a time, or 32 where registers ask for it: no sums across programs. Per block a consumer has four
+products of 64 x 64 x D,
 
     S' = K Q^T     dP' = V dO^T     dV += P' dO     dK += dS' Q        P' = exp2(S' - lse), dS' = P' (dP' - delta)
 
-with P' and dS' in registers. dP' runs while P' is computed, dV while dS' is; the products of one consumer fill what the
-other one leaves. lse and delta of a block come by TMA too: each thread wants 16 of them.
+with P' and dS' in registers, and dS' times its slope, 1 - tanh^2, under a soft cap. dP' runs while P' is computed, dV
+while dS' is; the products of one consumer fill what the other one leaves. lse and delta of a block come by TMA too:
+each thread wants 16 of them.
 
 Floor, D 128, a block: 1024 cycles of tensor cores, 256 of the exponential unit, about 200 of other arithmetic.
 Registers of a thread: 64 each for dK and dV, 32 each for S' and dP', 16 each for P' and dS' in bfloat16.
 """
 
-from functools import partial
-
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,9 +31,9 @@ from .attention_blocks import HOPPER_KEYS, HOPPER_QUERIES, padded_head_dim
 from .attention_hopper_common import (
     advance,
     barriers,
+    base2_logits,
     bounds,
     clear_rows,
-    described,
     edge_blocks,
     edge_columns,
     load_item,
@@ -46,11 +45,9 @@ from .attention_hopper_common import (
     store_keys,
     visible,
 )
-from .packed_attention import _bulk_copies, _factors, packed_attention_backward
+from .attention_hopper_launch import PARTITIONS, described, readable, schedule
+from .packed_attention import _factors, packed_attention_backward
 from .packed_attention_hopper_dq import dq
-from .workload import Workload, meta, multiprocessors
-
-CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS = 240, 24, 168
 
 
 @gluon.jit
@@ -133,8 +130,9 @@ def _numbers(slot, source, ROWS: gl.constexpr):
 
 @gluon.jit
 def _add_edge(
-    q_tile, o_tile, lse, delta, k_tile, v_tile, dk, dv, key, query, limit, factor, GROUP: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr, LOGITS: gl.constexpr,
+    q_tile, o_tile, lse, delta, k_tile, v_tile, dk, dv, key, query, limit, factor, cap, GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr,
+    LOGITS: gl.constexpr,
 ):  # fmt: skip
     """Adds half a block of queries, with a mask: it needs the registers of the other half."""
     KEYS: gl.constexpr = k_tile.shape[0]
@@ -148,12 +146,15 @@ def _add_edge(
     s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     dp = warpgroup_mma(v_tile, o_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * factor - lse.load(COLUMN)[None, :])
+    logits, tanh = base2_logits(s, factor, cap, SOFTCAP)
+    p = gl.exp2(logits - lse.load(COLUMN)[None, :])
     token = query + gl.arange(0, ROWS, COLUMN) // GROUP
     seen = visible(token[None, :], key[:, None], 2147483647, WINDOW, CAUSAL, WINDOW > 0) & (token < limit)[None, :]
     # Of rows past the document q and dout are zeros here; lse and delta are another's, but finite.
     p = gl.where(seen, p, 0.0)
     p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
+    if SOFTCAP:
+        p *= 1 - tanh * tanh
     dv = warpgroup_mma(p_operand, o_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = p * (dp - delta.load(COLUMN)[None, :])
@@ -168,8 +169,8 @@ def _add_edge(
 
 @gluon.jit
 def _add_inner(
-    k_tile, v_tile, dk, dv, slot, phase, memory, factor, ROWS: gl.constexpr, WIDTH: gl.constexpr,
-    OPERAND: gl.constexpr, DTYPE: gl.constexpr, LOGITS: gl.constexpr,
+    k_tile, v_tile, dk, dv, slot, phase, memory, factor, cap, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+    SOFTCAP: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr, LOGITS: gl.constexpr,
 ):  # fmt: skip
     """Adds a block of queries that all see every key."""
     _k, _v, q_ring, o_ring, lse_ring, delta_ring, _kr, _kf, q_ready, q_free, o_ready, o_free = memory
@@ -183,8 +184,11 @@ def _add_inner(
     mbarrier.wait(o_ready.index(slot), phase)
     dp = warpgroup_mma(v_tile, o_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * factor - lse_ring.index(slot).load(COLUMN)[None, :])
+    logits, tanh = base2_logits(s, factor, cap, SOFTCAP)
+    p = gl.exp2(logits - lse_ring.index(slot).load(COLUMN)[None, :])
     p_operand = gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
+    if SOFTCAP:
+        p *= 1 - tanh * tanh
     dv = warpgroup_mma(p_operand, o_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = p * (dp - delta_ring.index(slot).load(COLUMN)[None, :])
@@ -199,9 +203,10 @@ def _add_inner(
 
 @gluon.jit
 def _consume(
-    W: gl.constexpr, k, q_edge, lse_edge, dk_out, dv_out, tiles, context, factor, scale, items, programs, rounds,
-    memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, EDGE: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
+    W: gl.constexpr, k, q_edge, lse_edge, dk_out, dv_out, tiles, context, factor, cap, scale, items, programs,
+    rounds, memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr,
+    EDGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     """A consumer: keys 64 W to 64 W + 63 of every tile."""
     (
@@ -245,15 +250,16 @@ def _consume(
                             part(o_ring.index(slot), q_edge, EDGE, WIDTH, GROUP).reshape([EDGE * GROUP, WIDTH]),
                             _numbers(lse_ring.index(slot), lse_edge, EDGE * GROUP),
                             _numbers(delta_ring.index(slot), lse_edge, EDGE * GROUP), k_tile, v_tile, dk, dv, key + gap,
-                            col, limit, factor, GROUP, CAUSAL, WINDOW, OPERAND, dtype, MASKED,
+                            col, limit, factor, cap, GROUP, CAUSAL, WINDOW, SOFTCAP, OPERAND, dtype, MASKED,
                         )  # fmt: skip
                     mbarrier.arrive(o_free.index(slot))
                     mbarrier.arrive(q_free.index(slot))
                     slot, phase = advance(slot, phase, STAGES)
                 for col in range(full_start, full_end, COLS):  # noqa: B007
                     dk, dv = _add_inner(
-                        k_tile, v_tile, dk, dv, slot, phase, memory, factor, COLS * GROUP, WIDTH, OPERAND, dtype, LOGITS
-                    )
+                        k_tile, v_tile, dk, dv, slot, phase, memory, factor, cap, COLS * GROUP, WIDTH, SOFTCAP, OPERAND,
+                        dtype, LOGITS,
+                    )  # fmt: skip
                     slot, phase = advance(slot, phase, STAGES)
                 if SHARED:
                     if WIDTH > 64:  # registers for it only now
@@ -272,10 +278,10 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["tokens", "items", "programs", "rounds"])
 def hopper_dkdv_kernel(
-    q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, dk, dv, tiles, context, factor, scale, tokens,
-    items, programs, rounds,
+    q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, dk, dv, tiles, context, factor, cap, scale,
+    tokens, items, programs, rounds,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, EDGE: gl.constexpr,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SHARED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, as dkdv_kernel of packed_attention_backward.py. Queries come in COLS tokens, in edges EDGE."""
@@ -295,12 +301,12 @@ def hopper_dkdv_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                gl.constexpr(0), k, q_edge, lse_edge, dk, dv, tiles, context, factor, scale, items, programs, rounds,
-                memory, GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW, SHARED,
+                gl.constexpr(0), k, q_edge, lse_edge, dk, dv, tiles, context, factor, cap, scale, items, programs,
+                rounds, memory, GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW, SOFTCAP, SHARED,
             )),
             (_consume, (
-                gl.constexpr(1), k, q_edge, lse_edge, dk, dv, tiles, context, factor, scale, items, programs, rounds,
-                memory, GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW, SHARED,
+                gl.constexpr(1), k, q_edge, lse_edge, dk, dv, tiles, context, factor, cap, scale, items, programs,
+                rounds, memory, GROUP, KV_HEADS, D, COLS, EDGE, STAGES, CAUSAL, WINDOW, SOFTCAP, SHARED,
             )),
             (_produce, (
                 q, dout, lse, delta, q_edge, dout_edge, lse_edge, delta_edge, k, v, tiles, context, tokens, items,
@@ -336,10 +342,10 @@ def packed_attention_hopper_backward(
     """
 
     def first(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        return dq(dout, q, k, v, out, lse, dq_tiles, causal, window, scale, dq_context)
+        return dq(dout, q, k, v, out, lse, dq_tiles, causal, window, softcap, scale, dq_context)
 
     def second(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        return dkdv(dout, q, k, v, lse, delta, dkdv_tiles, causal, window, scale, dkdv_context)
+        return dkdv(dout, q, k, v, lse, delta, dkdv_tiles, causal, window, softcap, scale, dkdv_context)
 
     return packed_attention_backward(
         dout, q, k, v, out, lse, dq_tiles, dkdv_tiles, causal, window, softcap, scale, dq_context, dkdv_context,
@@ -352,54 +358,27 @@ STAGES = {64: 4, 128: 3}  # by padded head dimension
 
 def dkdv(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tiles: Tensor,
-    causal: bool, window: int, scale: float, context: Tensor | None = None,
+    causal: bool, window: int, softcap: float, scale: float, context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel: dk, dv. `tiles` are those of `hopper_tile_sizes`; delta comes from the dQ kernel."""
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     tokens, kv_heads, d = k.shape
     group, width = q.shape[1] // kv_heads, max(64, padded_head_dim(d))
-    q, k, v, dout = (x if x.stride(2) == 1 and _bulk_copies(x) else x.contiguous() for x in (q, k, v, dout))
-    cols, items = HOPPER_QUERIES // group, tiles.shape[0] * kv_heads
+    q, k, v, dout = readable(q, k, v, dout)
+    # A soft cap, or the addresses of ranges beside tokens of one head, take the registers of larger blocks.
+    small = width > 64 and (softcap > 0 or (context is not None and group == 1))
+    edge = HOPPER_QUERIES // group
+    cols, stages = (edge, 2 * STAGES[width]) if small else (2 * edge, STAGES[width])
+    items, programs, rounds = schedule(tiles, kv_heads)
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     queries = []
-    for share in (1, 2):  # whole blocks, and those of edges
-        queries += [described(x, [cols // share, group, width]) for x in (q, dout)]
-        queries += [TensorDescriptor.from_tensor(x.view(-1), [HOPPER_QUERIES // share], flat) for x in (lse, delta)]
-    programs = min(items, multiprocessors(q.device))  # an argument costs no register, gl.num_programs does
+    for rows in (cols, edge):
+        queries += [described(x, [rows, group, width]) for x in (q, dout)]
+        queries += [TensorDescriptor.from_tensor(x.view(-1), [rows * group], flat) for x in (lse, delta)]
     hopper_dkdv_kernel[(programs,)](
         *queries, *(described(x, [HOPPER_KEYS // 2, 1, width]) for x in (k, v)),
-        dk, dv, tiles, context, _factors(0.0, scale)[0], scale, tokens, items, programs,
-        triton.cdiv(items, programs),
-        GROUP=group, KV_HEADS=kv_heads, D=d, COLS=cols, EDGE=cols // 2, STAGES=STAGES[width], CAUSAL=causal,
-        WINDOW=window, SHARED=context is not None, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
-        PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+        dk, dv, tiles, context, *_factors(softcap, scale), scale, tokens, items, programs, rounds,
+        GROUP=group, KV_HEADS=kv_heads, D=d, COLS=cols, EDGE=edge, STAGES=stages, CAUSAL=causal,
+        WINDOW=window, SOFTCAP=softcap > 0, SHARED=context is not None, **PARTITIONS,
     )  # fmt: skip
     return dk, dv
-
-
-def workloads() -> list[Workload]:
-    """dK and dV of the packs of packed_attention.py's workloads; sm_90 only."""
-    listed = []
-    tokens, kernel = 8192, ("hopper_dkdv_kernel",)
-    for name, q_heads, kv_heads, d, causal, window in (
-        ("D 128", 32, 8, 128, True, 0),
-        ("D 64", 32, 8, 64, True, 0),
-        ("D 128, window", 32, 8, 128, True, 512),
-        ("D 128, both directions, window", 32, 32, 128, False, 512),
-        ("D 128, shared prompts", 32, 8, 128, True, 0),
-        ("D 128, shared prompts, window", 32, 8, 128, True, 512),
-        ("D 64, shared prompts, window", 32, 8, 64, True, 512),
-    ):
-        q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
-        numbers = meta(kv_heads, tokens * (q_heads // kv_heads), dtype=torch.float32)
-        tiles = meta(16 * 512 // HOPPER_KEYS, 8, dtype=torch.int32)
-        arguments = (q, q, kv, kv, numbers, numbers, tiles, causal, window, d**-0.5)
-        context = meta(4096, dtype=torch.int32) if "shared" in name else None
-        listed.append(
-            Workload(
-                f"packed_attention: Gluon dK/dV {name}, {q_heads}/{kv_heads} heads", partial(dkdv, *arguments, context),
-                2 * tokens * d * (2 * q_heads + 4 * kv_heads), 8 * d * q_heads * tokens * (470 if causal else 940),
-                kernel, (90,), kernel,
-            )
-        )  # fmt: skip
-    return listed

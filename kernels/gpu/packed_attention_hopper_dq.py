@@ -4,8 +4,8 @@ A tile holds 128 packed query rows, 64 to each consumer, and loops over the keys
 
     S = Q K^T     dP = dO V^T     dQ += dS K        P = exp2(S - lse), dS = P (dP - delta)
 
-with P and dS in registers. In the interior S and dP of the next block are started before dQ of this one, so that P is
-computed while dP runs and dS while dQ runs:
+with P and dS in registers, P times the slope of a soft cap, 1 - tanh^2, where there is one. In the interior S and dP of
+the next block are started before dQ of this one, so that P is computed while dP runs and dS while dQ runs:
 
     tensor cores   | S1 | dP1 | dQ0 | S2 | dP2 | dQ1 | ...        consumer 0; consumer 1 fills what is left
     the rest       | -  | P1  | dS1 | -  | P2  | dS2 | ...
@@ -18,11 +18,7 @@ arithmetic. Registers of a thread: 64 for dQ, 32 each for S and dP, 16 for dS in
 KiB for queries and dO of two tiles, 48 for three blocks of keys (one is kept for dQ), 32 for two of values.
 """
 
-import math
-from functools import partial
-
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,12 +34,13 @@ from .attention_blocks import HOPPER_DQ_KEYS, HOPPER_ROWS, padded_group, padded_
 from .attention_hopper_common import (
     advance,
     barriers,
+    base2_logits,
     bounds,
     clear_rows,
-    described,
     edge_blocks,
     edge_columns,
     fetch,
+    in_order,
     load_item,
     load_places,
     load_range,
@@ -54,11 +51,11 @@ from .attention_hopper_common import (
     start_product,
     store_queries,
     visible,
+    wide,
 )
-from .packed_attention import _bulk_copies, _factors
-from .workload import Workload, meta, multiprocessors
+from .attention_hopper_launch import PARTITIONS, described, readable, schedule
+from .packed_attention import _factors
 
-CONSUMER_REGISTERS, PRODUCER_REGISTERS, REGISTERS = 240, 24, 168
 Q_STAGES, K_STAGES, V_STAGES = 2, 3, 2
 
 
@@ -131,10 +128,21 @@ def _row_sums(a_tile, b_tile, ROWS: gl.constexpr, WIDTH: gl.constexpr, ROW: gl.c
 
 
 @gluon.jit
+def _slopes(s, lse, factor, cap, SOFTCAP: gl.constexpr):
+    """What dP - delta is multiplied with: P, times the slope of a soft cap."""
+    logits, tanh = base2_logits(s, factor, cap, SOFTCAP)
+    p = gl.exp2(logits - lse[:, None])
+    if SOFTCAP:
+        p *= 1 - tanh * tanh
+    return p
+
+
+@gluon.jit
 def _consume(
-    W: gl.constexpr, q, k, out, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs, rounds,
-    stride_qt, memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
+    W: gl.constexpr, q, k, out, lse, dq, delta, tiles, context, factor, cap, scale, tokens, items, programs,
+    rounds, stride_qt, memory, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     """A consumer: rows 64 W to 64 W + 63 of every tile."""
     q_slots, o_slots, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
@@ -162,7 +170,7 @@ def _consume(
         # Rows past the tile, and those of no head: they read and write nothing.
         own = (query < row_end) & (packed % PADDED < GROUP) & (item < items)
         local = packed // PADDED * GROUP + packed % PADDED
-        first = (gl.cast(head, gl.int64) * tokens + row_start) * GROUP
+        first = (wide(head) * wide(tokens) + row_start) * GROUP
         acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
         sums = gl.zeros([ROWS], gl.float32, ROW)
         if (item < items) & (col_start < col_end):
@@ -196,9 +204,8 @@ def _consume(
                         s = start_product(q_tile, k_tile, ROWS, BLOCK, LOGITS)
                         dp = start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
                         s = warpgroup_mma_wait(1, deps=(s,))
-                        p = gl.exp2(s * factor - high[:, None])
-                        # Always done: ptxas takes a wait for products up past the exponentials, but not past a branch.
-                        mbarrier.wait(q_ready.index(at), q_phase)
+                        p = _slopes(s, high, factor, cap, SOFTCAP)
+                        in_order(q_ready.index(at), q_phase)
                         dp = warpgroup_mma_wait(0, deps=(dp,))
                         key = col + gl.arange(0, BLOCK, gl.SliceLayout(0, LOGITS))
                         seen = visible(query[:, None] - gap, key[None, :], limit, WINDOW, CAUSAL, WINDOW > 0)
@@ -222,7 +229,7 @@ def _consume(
                     mbarrier.wait(v_ready.index(v_slot), v_phase)
                     dp = start_product(o_tile, v_ring.index(v_slot).reshape([BLOCK, WIDTH]), ROWS, BLOCK, LOGITS)
                     s = warpgroup_mma_wait(1, deps=(s,))
-                    p = gl.exp2(s * factor - high[:, None])
+                    p = _slopes(s, high, factor, cap, SOFTCAP)
                     dp = warpgroup_mma_wait(0, deps=(dp,))
                     mbarrier.arrive(v_free.index(v_slot))
                     ds = p * (dp - sums[:, None])
@@ -237,12 +244,12 @@ def _consume(
                         k_tile = k_ring.index(k_slot).reshape([BLOCK, WIDTH])
                         acc = warpgroup_mma(ds_operand, k_tile, acc, is_async=True)
                         s = warpgroup_mma_wait(2, deps=(s,))
-                        p = gl.exp2(s * factor - high[:, None])
-                        mbarrier.wait(q_ready.index(at), q_phase)  # as above
+                        p = _slopes(s, high, factor, cap, SOFTCAP)
+                        in_order(q_ready.index(at), q_phase)
                         dp = warpgroup_mma_wait(1, deps=(dp,))
                         mbarrier.arrive(v_free.index(v_slot))
                         following = (p * (dp - sums[:, None])).to(dtype)
-                        mbarrier.wait(q_ready.index(at), q_phase)
+                        in_order(q_ready.index(at), q_phase)
                         acc, ds_operand = warpgroup_mma_wait(0, deps=(acc, ds_operand))
                         mbarrier.arrive(k_free.index(k_slot))
                         ds_operand = gl.convert_layout(following, OPERAND, assert_trivial=True)
@@ -267,9 +274,9 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["tokens", "items", "programs", "rounds"])
 def hopper_dq_kernel(
-    q, dout, out, k, v, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs, rounds, stride_qt,
+    q, dout, out, k, v, lse, dq, delta, tiles, context, factor, cap, scale, tokens, items, programs, rounds, stride_qt,
     GROUP: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SHARED: gl.constexpr,
+    V_STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SHARED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dQ, and delta for the dK/dV kernel, as dq_kernel of packed_attention_backward.py. dq is contiguous."""
@@ -287,12 +294,14 @@ def hopper_dq_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                gl.constexpr(0), q, k, out, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs,
-                rounds, stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW, SHARED,
+                gl.constexpr(0), q, k, out, lse, dq, delta, tiles, context, factor, cap, scale, tokens, items,
+                programs, rounds, stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW,
+                SOFTCAP, SHARED,
             )),
             (_consume, (
-                gl.constexpr(1), q, k, out, lse, dq, delta, tiles, context, factor, scale, tokens, items, programs,
-                rounds, stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW, SHARED,
+                gl.constexpr(1), q, k, out, lse, dq, delta, tiles, context, factor, cap, scale, tokens, items,
+                programs, rounds, stride_qt, memory, GROUP, KV_HEADS, D, Q_STAGES, K_STAGES, V_STAGES, CAUSAL, WINDOW,
+                SOFTCAP, SHARED,
             )),
             (_produce, (
                 q, dout, out, k, v, tiles, context, items, programs, rounds, memory, GROUP, KV_HEADS, Q_STAGES,
@@ -306,7 +315,7 @@ def hopper_dq_kernel(
 
 def dq(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, causal: bool, window: int,
-    scale: float, context: Tensor | None = None,
+    softcap: float, scale: float, context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the kernel: dq, and delta for that of dK and dV. `tiles` are those of `hopper_tile_sizes`."""
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -314,46 +323,14 @@ def dq(
     tokens, kv_heads, d = k.shape
     group = q.shape[1] // kv_heads
     padded, width = padded_group(group), max(64, padded_head_dim(d))
-    q, k, v, out, dout = (x if x.stride(2) == 1 and _bulk_copies(x) else x.contiguous() for x in (q, k, v, out, dout))
-    items = tiles.shape[0] * kv_heads
-    programs = min(items, multiprocessors(q.device))  # an argument costs no register, gl.num_programs does
+    q, k, v, out, dout = readable(q, k, v, out, dout)
+    items, programs, rounds = schedule(tiles, kv_heads)
     hopper_dq_kernel[(programs,)](
         *(described(x, [HOPPER_ROWS // 2 // padded, padded, width]) for x in (q, dout, out)),
         *(described(x, [HOPPER_DQ_KEYS, 1, width]) for x in (k, v)),
-        lse, result, delta, tiles, context, _factors(0.0, scale)[0], scale, tokens, items, programs,
-        triton.cdiv(items, programs), result.stride(0),
+        lse, result, delta, tiles, context, *_factors(softcap, scale), scale, tokens, items, programs,
+        rounds, result.stride(0),
         GROUP=group, KV_HEADS=kv_heads, D=d, Q_STAGES=Q_STAGES, K_STAGES=K_STAGES, V_STAGES=V_STAGES, CAUSAL=causal,
-        WINDOW=window, SHARED=context is not None, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
-        PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+        WINDOW=window, SOFTCAP=softcap > 0, SHARED=context is not None, **PARTITIONS,
     )  # fmt: skip
     return result, delta
-
-
-def workloads() -> list[Workload]:
-    """dQ of the packs of packed_attention.py's workloads; sm_90 only."""
-    listed = []
-    tokens, kernel = 8192, ("hopper_dq_kernel",)
-    for name, q_heads, kv_heads, d, causal, window in (
-        ("D 128, shared prompts", 32, 8, 128, True, 0),
-        ("D 64, shared prompts, window", 32, 8, 64, True, 512),
-        ("D 128", 32, 8, 128, True, 0),
-        ("D 64", 32, 8, 64, True, 0),
-        ("D 96", 32, 8, 96, True, 0),
-        ("D 128, window", 32, 8, 128, True, 512),
-        ("D 128, both directions, window", 32, 32, 128, False, 512),
-        ("D 128, window, 7 heads a group", 28, 4, 128, True, 512),
-    ):
-        q, kv = meta(tokens, q_heads, d), meta(tokens, kv_heads, d)
-        group = q_heads // kv_heads
-        lse = meta(1, kv_heads, tokens * group, dtype=torch.float32)
-        tiles = meta(16 * math.ceil(512 / (HOPPER_ROWS // padded_group(group))), 8, dtype=torch.int32)
-        context = meta(4096, dtype=torch.int32) if "shared" in name else None
-        listed.append(
-            Workload(
-                f"packed_attention: Gluon dQ {name}, {q_heads}/{kv_heads} heads",
-                partial(dq, q, q, kv, kv, q, lse, tiles, causal, window, d**-0.5, context),
-                2 * tokens * d * (4 * q_heads + 2 * kv_heads), 6 * d * q_heads * tokens * (470 if causal else 940),
-                kernel, (90,), kernel,
-            )
-        )  # fmt: skip
-    return listed

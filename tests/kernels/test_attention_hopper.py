@@ -42,6 +42,7 @@ CASES: list[tuple[int, tuple[int, int], torch.dtype, dict[str, Any]]] = [
     (128, (8, 2), torch.float16, {"causal": False, "window": 250, "scale": -0.2}),
     (128, (4, 4), torch.bfloat16, {"window": 200}),
     (128, (7, 1), torch.bfloat16, {"window": 200, "softcap": 20.0}),
+    (128, (8, 2), torch.bfloat16, {"softcap": 20.0}),
     (64, (16, 1), torch.bfloat16, {}),
     (64, (64, 1), torch.bfloat16, {"window": 1}),
     (80, (3, 1), torch.bfloat16, {}),
@@ -65,7 +66,7 @@ def test_matches_reference(name: str, case: tuple[int, tuple[int, int], torch.dt
 
 
 @pytest.mark.parametrize(
-    ("d", "heads", "options"), [(128, (8, 2), {}), (64, (4, 4), {"window": 300}), (256, (2, 1), {})]
+    ("d", "heads", "options"), [(128, (8, 2), {}), (64, (4, 4), {"window": 300}), (128, (2, 2), {}), (256, (2, 1), {})]
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_documents_that_continue_others(
@@ -162,18 +163,15 @@ def test_says_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_backward_kernels_take() -> None:
-    for d, heads, softcap, expected in (
-        (128, (8, 2), None, (True, True)), (64, (64, 2), None, (True, True)), (96, (8, 2), None, (True, False)),
-        (128, (7, 1), None, (True, False)), (128, (64, 1), None, (True, False)), (256, (4, 2), None, (False, False)),
-        (128, (8, 2), 20.0, (False, False)), (128, (2, 2), None, (True, True)),
+    for d, heads, expected in (
+        (128, (8, 2), (True, True)), (64, (64, 2), (True, True)), (96, (8, 2), (True, False)),
+        (128, (7, 1), (True, False)), (128, (64, 1), (True, False)), (256, (4, 2), (False, False)),
     ):  # fmt: skip
         q, k = torch.empty(4, heads[0], d), torch.empty(4, heads[1], d)
-        taken = attention_blocks.hopper_backward_takes(q, k, softcap, False)
-        assert taken == expected, (d, heads, softcap)
+        taken = attention_blocks.hopper_backward_takes(q, k)
+        assert taken == expected, (d, heads)
         triton = attention_blocks.hopper_tile_sizes(q, k, False, False)
         sizes = attention_blocks.hopper_tile_sizes(q, k, *taken)
-        shared = attention_blocks.hopper_backward_takes(q, k, softcap, True)
-        assert shared == (expected if heads != (2, 2) else (True, False))
         assert sizes[0] == triton[0] and [a != b for a, b in zip(sizes[1:], triton[1:], strict=True)] == list(taken)
 
 
