@@ -207,6 +207,7 @@ class Machine:
         self.stores: list[tuple[Descriptor, list[int], Shared]] = []
         self.products: dict[Any, list[Product]] = {}
         self.shared: list[Shared] = []
+        self.fenced = True
         nothing = lambda *args, **options: None  # noqa: E731
         same = lambda value, *args, **options: value  # noqa: E731
         view = lambda function: lambda *args: function(*args).view(Array)  # noqa: E731
@@ -216,6 +217,7 @@ class Machine:
                 minimum=np.minimum, maximum=np.maximum, static_range=range, where=view(np.where), max=view(np.max),
                 sum=view(np.sum), exp2=view(np.exp2), log2=view(np.log2), cast=same, convert_layout=same,
                 arange=lambda a, b, layout=None: np.arange(a, b).view(Array), float32=np.float32, int64=np.int64,
+                uint32=np.uint32,
                 zeros=lambda shape, dtype, layout: np.zeros(shape, dtype).view(Array),
                 full=lambda shape, value, dtype, layout: np.full(shape, value, dtype).view(Array),
                 load=self.load, store=self.store, set_auto_layout=same, constexpr=same,
@@ -254,10 +256,12 @@ class Machine:
         ).to(pointer.memory.dtype)
 
     def warp_specialize(self, parts: list[tuple[Any, tuple]], warps: list[int], registers: list[int]) -> None:
+        assert self.fenced, "partitions start before what was made of barriers is fenced"
         self.scheduler.run([lambda function=function, args=args: function(*args) for function, args in parts])
 
     def init(self, barrier: Barrier, count: int) -> None:
         barrier.count = barrier.arrivals = count
+        self.fenced = False
 
     def expect(self, barrier: Barrier, size: int) -> None:
         barrier.bytes += size
@@ -324,14 +328,13 @@ class Machine:
         return results if len(results) > 1 else results[0]
 
     def fence(self) -> None:
+        self.fenced = True
         for shared in self.shared:
             kept = {key: changed for key, changed in shared.slots.unfenced.items() if key[1] != threading.get_ident()}
             shared.slots.unfenced = kept
 
     def copy_out(self, target: Descriptor, at: list[int], source: Shared) -> None:
-        assert source.slot not in source.slots.unfenced, (
-            "a store reads shared memory without a fence after it was written"
-        )
+        assert not source.slots.wrote(source.slot), "a store reads shared memory without a fence after it was written"
         self.stores.append((target, list(at), source))
 
     def store_wait(self, outstanding: int) -> None:

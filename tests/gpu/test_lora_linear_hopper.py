@@ -7,6 +7,7 @@ import torch
 
 from forge_core.kernels import library, reference
 from tests.gpu import gluon_simulator as simulator
+from tests.gpu.gluon_steps import FAILURES, Step, steps, take_out
 
 if not library.TRITON_INSTALLED:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -37,6 +38,21 @@ def _packed(keep: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_values_and_order(
+    nt: bool, reductions: tuple[int, ...], ranks: tuple[int, ...], dropout: bool, programs: int, stages: int
+) -> None:
+    _check(nt, reductions, ranks, dropout, programs, stages)
+
+
+@pytest.mark.parametrize("step", steps(hopper.hopper_matmul_kernel), ids=str)
+def test_a_missing_step_is_seen(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_out(step, monkeypatch)
+    with pytest.raises(FAILURES):
+        for stages in (2, 3):
+            _check(False, (40, 24), (16, 32), True, 1, stages)
+            _check(True, (40,), (16,), False, 1, stages)
+
+
+def _check(
     nt: bool, reductions: tuple[int, ...], ranks: tuple[int, ...], dropout: bool, programs: int, stages: int
 ) -> None:
     torch.manual_seed(0)
