@@ -242,7 +242,7 @@ def workloads() -> list[Workload]:
         ("D 256, window, softcap", 16, 8, 256, True, 512, 50.0), ("D 80", 32, 32, 80, True, 0, 0.0),
         ("D 128, both directions, window", 32, 32, 128, False, 512, 0.0),
         ("D 128, window, softcap, 7 heads a group", 28, 4, 128, True, 512, 50.0),
-        ("D 128, shared prompts", 32, 8, 128, True, 0, 0.0),
+        ("D 128, shared prompts", 32, 8, 128, True, 0, 0.0), ("D 128, shared prompts", 8, 8, 128, True, 0, 0.0),
         ("D 64, shared prompts, window", 32, 8, 64, True, 512, 0.0),
     ]  # fmt: skip
     for name, q_heads, kv_heads, d, causal, window, softcap in calls:
