@@ -55,7 +55,8 @@ def _of_call(
             2 * TOKENS * d * tensors, 2 * products * d * q_heads * pairs, (kernel,), (90,), (kernel,),
         )  # fmt: skip
 
-    calls = []
+    calls: list[Workload] = []
+    arguments: tuple
     for pingpong in (False, True) if name in IN_TURNS else (False,):
         arguments = (q, kv, kv, rows, rows, keys, *options, pingpong, True, True, context)
         what, tensors = "forward in turns" if pingpong else "forward", 2 * q_heads + 2 * kv_heads
