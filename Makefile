@@ -6,7 +6,7 @@
 # make check  what CI runs besides the tests: lint, format, the wheel, its types
 
 PYTHON ?= python3
-# The CPU build where pip's index has one; any installed torch >= 2.11 works: make TORCH='torch==2.11.0+cu130' ...
+# The CPU build where pip's index has one; any installed torch >= 2.11 works: make TORCH=torch==2.11.0 ...
 TORCH ?= torch==2.13.0
 # A CUDA build of torch brings its own; a CPU build gets this one, for the interpreter and the compiles without a GPU.
 TRITON ?= triton==3.6.0
