@@ -74,6 +74,17 @@ def _fake_cudnn(
     return out, query.new_zeros(1)
 
 
+def _fake_varlen_of_torch_2_11(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """Takes fewer key/value heads as they come."""
+    gqa = query.shape[1] != key.shape[1]
+    return _fake_varlen(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=gqa
+    )
+
+
 FAKES = {"varlen_attn": _fake_varlen, "cudnn": _fake_cudnn}
 
 
@@ -99,6 +110,15 @@ def test_arguments_mean_the_same(
     upstream = torch.randn_like(out)
     for actual, wanted in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (out, expected)), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_varlen_attn_of_torch_2_11_takes_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_peers, "_load", lambda module, function: _fake_varlen_of_torch_2_11)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(TOKENS, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    call = _call()._replace(q=q, k=k, v=v, scale=0.4)
+    expected = reference.packed_attention(q, k, v, call.cu_seqlens, True, None, None, 0.4)
+    torch.testing.assert_close(PEERS["varlen_attn"].run(call), expected)
 
 
 def _call(q_heads: int = 4, **options: Any) -> AttentionCall:
