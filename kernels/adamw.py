@@ -120,14 +120,21 @@ def adamw_(
         gradients: shapes of the parameters, float32, bfloat16, float16 or float64; None leaves the tensor as it is, its
             moments and its step count included.
         learning_rate: a number, or a float32 scalar on the device of the parameters.
-        betas, eps: as in the paper.
+        betas: as in the paper, in [0, 1).
+        eps: as in the paper, >= 0.
         norm: norm of all gradients, float32 scalar on the device of the parameters; None: no clipping.
         max_norm: > 0.
         backend: "auto" tries "cpp" (CPU), "cuda", then "reference".
 
     Raises:
-        ValueError: shapes do not match, or the named backend cannot take the inputs.
+        ValueError: shapes do not match, a number is out of range, or the named backend cannot take the inputs.
     """
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
+    if not eps >= 0.0:
+        raise ValueError(f"eps: got {eps}, expected at least 0")
+    if not max_norm > 0.0:
+        raise ValueError(f"max_norm: got {max_norm}, expected a number above 0; norm=None does not clip")
     given = [gradient for gradient in gradients if gradient is not None]
     if [gradient.shape for gradient in given] != tensors.shapes:
         _check_shapes(gradients, tensors.shapes)

@@ -225,6 +225,9 @@ def test_errors_name_the_argument() -> None:
         adamw_(tensors, [g[0].t(), g[1]], **OPTIONS)
     with pytest.raises(ValueError, match="gradients: got 1, expected one per parameter, 2"):
         adamw_(tensors, g[:1], **OPTIONS)
+    for name, value in (("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)), ("eps", -1e-8), ("max_norm", 0.0)):
+        with pytest.raises(ValueError, match=f"{name}: got .*, expected"):
+            adamw_(tensors, g, **OPTIONS | {name: value})
     with pytest.raises(ValueError, match="gradients: got 5 values at index 0, expected 24 as the parameter"):
         ones = torch.ones(2)
         torch.ops.forge.adamw_(p, g[::-1], m, v, ones, [], ones, ones, 0.1, None, 0.9, 0.95, 1e-8, None, 1.0)
